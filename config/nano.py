@@ -1,0 +1,24 @@
+# Flickr8k (or Flickr30k: --data_dir=data/flickr30k) in an hour on a laptop.
+data_dir = "data/flickr8k"
+out_dir = "out/nano"
+max_minutes = 60
+# 8 M parameters: 128 × 128 pixels, 64 patches
+image_size = 128
+patch_size = 16
+stem = "conv"
+n_layer_encoder = 4
+n_layer_decoder = 3
+n_head = 4
+n_embd = 256
+bridge = "cross"
+block_size = 48
+dropout = 0.1
+batch_size = 32
+crop = 0.5
+flip = True
+alpha = 0.2
+smoothing = 0.1
+learning_rate = 1e-3
+weight_decay = 0.1
+eval_interval = 500
+eval_images = 500

@@ -1,0 +1,581 @@
+"""
+A captioner: a ViT encoder reads the picture, a GPT decoder writes the caption. Everything from pixels to words is here:
+
+    Encoder     ViT (arXiv 2010.11929): patches -> vectors
+    Decoder     GPT with an optional cross-attention in its blocks, tied head
+    Captioner   the two and the bridge between them: the loss over packed captions, and generation
+
+Letters in shapes: B pictures, N patches of a picture, C = n_embd, H heads, D = C / H, V vocabulary, P prefix tokens,
+T places in a row (all captions of one picture, padded to the longest row), n real tokens of the whole batch.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class ModelOptions:
+    image_size: int = 128       # pixels a side that the encoder sees; pictures of other sizes are resized to it
+    patch_size: int = 16        # pixels a side of one patch
+    stem: str = "conv"          # how patches become vectors: "conv" (strided convolutions) or "patch" (one linear layer)
+    n_layer_encoder: int = 4
+    n_layer_decoder: int = 3
+    n_head: int = 4
+    n_embd: int = 256
+    n_query: int = 0            # learned queries that pool the patches into so many vectors; 0: the decoder sees all patches
+    bridge: str = "cross"       # how the picture reaches the words: "cross" (attention), "prefix" (soft prompt) or "both"
+    cross_every: int = 1        # cross-attention in every so many-th decoder block, the last one always
+    block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
+    dropout: float = 0.0        # on embeddings and on what each sub-layer adds
+
+    def check(self):
+        """Raises ValueError with one line for a combination that can't be built."""
+        for name in ("stem", "bridge"):
+            allowed = {"stem": ("conv", "patch"), "bridge": ("cross", "prefix", "both")}[name]
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("image_size", "patch_size", "n_layer_encoder", "n_layer_decoder", "n_head", "n_embd", "cross_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"stem 'conv' halves the picture again and again: patch_size must be a power of 2, not "
+                             f"{self.patch_size} (or take stem 'patch')")
+        if self.n_embd % self.n_head or self.n_embd % 4:
+            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head} and of 4")
+        if self.n_query < 0:
+            raise ValueError(f"n_query must be 0 or more, not {self.n_query}")
+        if self.block_size < self.n_prefix + 2:
+            raise ValueError(f"block_size {self.block_size} leaves no room for a caption after {self.n_prefix} prefix tokens")
+
+    @property
+    def n_patch(self):
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def n_prefix(self):
+        return 0 if self.bridge == "cross" else self.n_query or self.n_patch
+
+    @property
+    def longest(self):
+        """Tokens of the longest caption that fits, with its EOT."""
+        return self.block_size - self.n_prefix
+
+
+# ---- attention
+
+def split_heads(x, n_head):
+    """(B, T, C) -> (B, H, T, D)"""
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
+
+
+def merge_heads(x):
+    """(B, H, T, D) -> (B, T, C)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+class Packing:
+    """
+    Where the tokens of a packed batch lie. A row holds one picture's captions one after the other. Only attention needs
+    rows (B, T), padded; all else runs on the real tokens alone (n, C), so that nothing is computed for padding.
+    slot: int64 (n,), the token's place in the flattened rows. mask: bool (B, 1, T, T), True where a token may look.
+    """
+    def __init__(self, slot, segment, n_prefix):
+        B, T = segment.shape
+        if n_prefix:  # P more places in front of each row: segment 0, which everyone may see
+            segment = F.pad(segment, (n_prefix, 0))
+            T += n_prefix
+            slot = slot + n_prefix * (slot // (T - n_prefix) + 1)
+            front = torch.arange(B, device=slot.device)[:, None] * T + torch.arange(n_prefix, device=slot.device)
+            slot = torch.cat([front.flatten(), slot])
+        own = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
+        self.mask = own & torch.ones(T, T, dtype=torch.bool, device=slot.device).tril()
+        self.mask[:, :, :n_prefix] = True
+        self.mask = self.mask[:, None]
+        self.slot, self.B, self.T = slot, B, T
+
+    def rows(self, x):
+        """(n, C) -> (B, T, C), zeros at padding"""
+        return x.new_zeros(self.B * self.T, x.size(-1)).index_copy(0, self.slot, x).view(self.B, self.T, -1)
+
+    def tokens(self, x):
+        """(B, T, C) -> (n, C)"""
+        return x.flatten(0, 1).index_select(0, self.slot)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (arXiv 1706.03762) over all that stands in a row, a packed batch or a cache."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(n_embd, 3 * n_embd)
+        self.proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x, packing=None, cache=None, past=0):
+        """
+        x: (B, T, C), each sees all; or packed tokens (n, C) with their packing; or the next T tokens with cache, a pair
+        of (B, H, L, D) that holds keys and values of `past` earlier tokens and takes those of x.
+        """
+        qkv = self.qkv(x)
+        if packing:
+            qkv = packing.rows(qkv)
+        q, k, v = (split_heads(part, self.n_head) for part in qkv.chunk(3, dim=-1))
+        if cache is not None:
+            end = past + x.size(1)
+            cache[0][:, :, past:end], cache[1][:, :, past:end] = k, v
+            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+        y = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask if packing else None))
+        return self.proj(packing.tokens(y) if packing else y)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of x over other vectors: words over the picture, or pooling queries over patches."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.q = nn.Linear(n_embd, n_embd)
+        self.kv = nn.Linear(n_embd, 2 * n_embd)
+        self.proj = nn.Linear(n_embd, n_embd)
+
+    def keys_values(self, memory):
+        """memory (B, N, C) -> keys and values (B, H, N, D): computed once a picture, however many rows look at it"""
+        return [split_heads(part, self.n_head) for part in self.kv(memory).chunk(2, dim=-1)]
+
+    def forward(self, x, keys_values, packing=None):
+        """x: (B, T, C), or packed tokens (n, C)"""
+        q = self.q(x)
+        y = F.scaled_dot_product_attention(split_heads(packing.rows(q) if packing else q, self.n_head), *keys_values)
+        y = merge_heads(y)
+        return self.proj(packing.tokens(y) if packing else y)
+
+
+class MLP(nn.Module):
+    def __init__(self, n_embd):
+        super().__init__()
+        self.fc = nn.Linear(n_embd, 4 * n_embd)
+        self.proj = nn.Linear(4 * n_embd, n_embd)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, with cross-attention between self-attention and MLP where it is asked for."""
+
+    def __init__(self, options, cross=False):
+        super().__init__()
+        C = options.n_embd
+        self.norm1, self.attention = nn.LayerNorm(C), SelfAttention(C, options.n_head)
+        if cross:
+            self.norm_cross, self.cross = nn.LayerNorm(C), CrossAttention(C, options.n_head)
+        self.norm2, self.mlp = nn.LayerNorm(C), MLP(C)
+        self.has_cross = cross
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, x, keys_values=None, packing=None, cache=None, past=0):
+        x = x + self.dropout(self.attention(self.norm1(x), packing, cache, past))
+        if self.has_cross:
+            x = x + self.dropout(self.cross_attend(self.norm_cross(x), keys_values, packing))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def cross_attend(self, x, keys_values, packing):
+        if packing or x.size(0) == keys_values[0].size(0):
+            return self.cross(x, keys_values, packing)
+        # in generation: the k rows of one picture (beams, samples) stand side by side as its k queries  (B·k, 1, C)
+        return self.cross(x.view(keys_values[0].size(0), -1, x.size(-1)), keys_values).reshape(x.shape)
+
+
+# ---- the encoder
+
+def patchify(images, patch_size):
+    """(B, 3, S, S) -> (B, N, p·p·3): patches left to right, top to bottom; in each its pixels likewise, channels last"""
+    B, channels, S, _ = images.shape
+    g, p = S // patch_size, patch_size
+    return images.view(B, channels, g, p, g, p).permute(0, 2, 4, 3, 5, 1).reshape(B, g * g, p * p * channels)
+
+
+def sincos_2d(grid, n_embd):
+    """Fixed positions of a grid × grid of patches, (grid·grid, n_embd): sines and cosines of row and column."""
+    frequency = 10000 ** (-torch.arange(n_embd // 4) / (n_embd // 4))
+    angle = torch.arange(grid)[:, None] * frequency  # (grid, C/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, C/2)
+    rows, columns = wave[:, None].expand(-1, grid, -1), wave[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+class ConvStem(nn.Sequential):
+    """
+    Patches by 3×3 convolutions of stride 2 (arXiv 2106.14881), without BatchNorm: a step's loss must not depend on how
+    the batch is split over ranks and micro-steps.
+    """
+    def __init__(self, patch_size, n_embd):
+        halvings = patch_size.bit_length() - 1
+        widths = [3] + [max(n_embd >> (halvings - i), 16) for i in range(1, halvings + 1)]
+        layers = []
+        for i in range(halvings):
+            layers += [nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(widths[-1], n_embd, 1))
+
+    def forward(self, images):
+        return super().forward(images).flatten(2).transpose(1, 2)  # (B, N, C)
+
+
+class PatchStem(nn.Linear):
+    """Patches by one linear layer on their pixels."""
+
+    def __init__(self, patch_size, n_embd):
+        super().__init__(3 * patch_size ** 2, n_embd)
+        self.patch_size = patch_size
+
+    def forward(self, images):
+        return super().forward(patchify(images, self.patch_size))  # (B, N, C)
+
+
+class Encoder(nn.Module):
+    """Normalised pictures (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.stem = {"conv": ConvStem, "patch": PatchStem}[options.stem](options.patch_size, options.n_embd)
+        grid = options.image_size // options.patch_size
+        self.register_buffer("positions", sincos_2d(grid, options.n_embd), persistent=False)
+        self.dropout = nn.Dropout(options.dropout)
+        self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layer_encoder))
+        self.norm = nn.LayerNorm(options.n_embd)
+        if options.n_query:
+            self.queries = nn.Parameter(torch.randn(options.n_query, options.n_embd) * 0.02)
+            self.pool = CrossAttention(options.n_embd, options.n_head)
+            self.norm_pool = nn.LayerNorm(options.n_embd)
+
+    def forward(self, images):
+        x = self.dropout(self.stem(images) + self.positions)  # (B, N, C)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        if hasattr(self, "queries"):
+            queries = self.queries.expand(x.size(0), -1, -1)
+            x = self.norm_pool(queries + self.pool(queries, self.pool.keys_values(x)))  # (B, n_query, C)
+        return x
+
+
+# ---- captions as tensors
+
+def pack(captions, eot_token, longest):
+    """
+    captions: a list for each picture of lists of token ids (no EOT). A caption is fed as EOT w1 … wn and predicts
+    w1 … wn EOT, cut to `longest` tokens. Returns a dict of tensors on the CPU: tokens, targets, position: int64 (n,);
+    slot: int64 (n,), row · T + place in the row; segment: int64 (B, T), the number of the caption, 1, 2, …, that stands at
+    a place (padding has a number of its own at each place, so that it sees itself).
+    """
+    tokens, targets, position, lengths = [], [], [], []
+    for row in captions:
+        start = len(tokens)
+        for words in row:
+            target = [*words, eot_token][:longest]
+            tokens += [eot_token, *target[:-1]]
+            targets += target
+            position += range(len(target))
+        lengths.append(len(tokens) - start)
+    tokens, targets, position, lengths = map(torch.tensor, (tokens, targets, position, lengths))
+    B, T = len(lengths), int(lengths.max())
+    row = torch.arange(B).repeat_interleave(lengths)
+    place = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths)[row]
+    segment = -1 - torch.arange(T).repeat(B, 1)
+    segment[row, place] = (position == 0).cumsum(0)
+    return dict(tokens=tokens, targets=targets, position=position, slot=row * T + place, segment=segment)
+
+
+# ---- the loss
+
+class HeadLoss(torch.autograd.Function):
+    """
+    Head and loss at once, some tokens at a time: the logits (n, V), by far the largest tensor of a step, are never whole
+    in memory, and each chunk turns into its gradient in place while it is in the cache. Equal to F.cross_entropy on
+    hidden @ weight.T with label smoothing (arXiv 1512.00567), mixed with the teacher's distribution as in ALBEF (arXiv 2107.07651):
+    (1 - alpha) · CE(smoothed targets) + alpha · CE(softmax(soft_hidden @ soft_weight.T)), summed over tokens.
+    hidden (n, C), weight (V, C), targets int64 (n,) -> the loss, and the plain cross-entropy in nats, which has no gradient.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, soft_hidden, soft_weight, alpha, smoothing):
+        V, needs_gradient = len(weight), any(ctx.needs_input_grad)
+        alpha = 0.0 if soft_hidden is None else alpha
+        chunk = max((2**21 if hidden.device.type == "cpu" else 2**26) // V, 1)
+        loss, ce = hidden.new_zeros(()), hidden.new_zeros(())
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight) if needs_gradient else None
+        for i in range(0, len(hidden), chunk):
+            h, target = hidden[i:i + chunk], targets[i:i + chunk, None]
+            logits = F.linear(h, weight).float()
+            p = logits.softmax(1)
+            log_total = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()  # logsumexp, from what is there
+            at_target = logits.gather(1, target)
+            goal = at_target if not smoothing else (1 - smoothing) * at_target + smoothing * logits.mean(1, keepdim=True)
+            if soft_hidden is not None:
+                soft = F.linear(soft_hidden[i:i + chunk], soft_weight).float().softmax(1)
+                goal = (1 - alpha) * goal + alpha * (soft * logits).sum(1, keepdim=True)
+            loss += (log_total - goal).sum()
+            ce += (log_total - at_target).sum()
+            if needs_gradient:  # of a logit: probability - target
+                if soft_hidden is not None:
+                    p.sub_(soft, alpha=alpha)
+                if smoothing:
+                    p -= (1 - alpha) * smoothing / V
+                p.scatter_add_(1, target, torch.full_like(at_target, -(1 - alpha) * (1 - smoothing)))
+                p = p.to(h.dtype)
+                d_hidden[i:i + chunk] = p @ weight
+                d_weight.addmm_(p.T, h)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(ce)
+        return loss, ce
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss, d_weight * d_loss, None, None, None, None, None
+
+
+head_loss = torch.compiler.disable(HeadLoss.apply)
+
+
+# ---- the captioner
+
+class Captioner(nn.Module):
+    """
+    vocab_size: tokens with EOT, whose id is the last. mean, std: of the training pictures' channels, scale 0..1; they are
+    buffers, so that a checkpoint's weights bring them along.
+    """
+    def __init__(self, options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
+        super().__init__()
+        options.check()
+        self.options, self.eot_token, self.longest = options, vocab_size - 1, options.longest
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+        self.encoder = Encoder(options)
+        self.wte = nn.Embedding(vocab_size, options.n_embd)
+        self.wpe = nn.Embedding(options.block_size, options.n_embd)
+        if options.n_prefix:
+            self.prefix = nn.Linear(options.n_embd, options.n_embd)
+        self.dropout = nn.Dropout(options.dropout)
+        cross = [options.bridge != "prefix" and (options.n_layer_decoder - 1 - i) % options.cross_every == 0
+                 for i in range(options.n_layer_decoder)]
+        self.blocks = nn.ModuleList(Block(options, cross=c) for c in cross)
+        self.norm = nn.LayerNorm(options.n_embd)
+        self.apply(self.init_weights)
+        for name, p in self.named_parameters():  # GPT-2: what adds to the residual stream shrinks with depth
+            if name.endswith("proj.weight"):
+                n_layer = options.n_layer_encoder if name.startswith("encoder") else options.n_layer_decoder
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer))
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.zeros_(module.bias)
+
+    def encode(self, images):
+        """uint8 (or float of the same scale) (B, S, S, 3) of any size S -> (B, N, C), what the decoder sees of them"""
+        x = images.permute(0, 3, 1, 2).float()  # channels last in memory, as convolutions like it
+        size = self.options.image_size
+        if x.size(-1) != size:
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
+        mean, std = (255 * t.view(1, 3, 1, 1) for t in (self.mean, self.std))
+        return self.encoder((x - mean) / std)
+
+    def hidden(self, images, tokens, position, slot, segment):
+        """Pictures and packed captions (see pack) -> (n, C), from which the head tells each next token."""
+        P, memory = self.options.n_prefix, self.encode(images)
+        x = self.wte(tokens) + self.wpe(position + P)  # (n, C)
+        if P:
+            x = torch.cat([(self.prefix(memory) + self.wpe.weight[:P]).flatten(0, 1), x])  # (B·P + n, C)
+        x = self.dropout(x)
+        packing = Packing(slot, segment, P)
+        for block in self.blocks:
+            x = block(x, block.cross.keys_values(memory) if block.has_cross else None, packing)
+        return self.norm(x[len(x) - len(tokens):])
+
+    def forward(self, images, captions, teacher=None, alpha=0.0, smoothing=0.0):
+        """
+        images (B, S, S, 3), captions from pack -> two sums over the n tokens: the training loss (see HeadLoss) and the
+        plain cross-entropy in nats. teacher: a Captioner whose distribution has the weight alpha in the loss.
+        """
+        targets = captions["targets"]
+        inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
+        soft = None, None
+        if teacher is not None and alpha:
+            with torch.no_grad():
+                soft = teacher.hidden(images, **inputs), teacher.wte.weight
+        return head_loss(self.hidden(images, **inputs), self.wte.weight, targets, *soft, alpha, smoothing)
+
+    # ---- generation
+
+    def start(self, images, k):
+        """Encodes the pictures and prepares what `step` needs to write k rows for each: caches, cross-attention keys."""
+        P, memory = self.options.n_prefix, self.encode(images)
+        shape = (len(images) * k, self.options.n_head, self.options.block_size, self.options.n_embd // self.options.n_head)
+        state = dict(past=P, cache=[memory.new_empty(2, *shape) for _ in self.blocks],
+                     cross=[block.cross.keys_values(memory) if block.has_cross else None for block in self.blocks])
+        if P:
+            x = self.prefix(memory) + self.wpe.weight[:P]
+            for i, block in enumerate(self.blocks):
+                first = memory.new_empty(2, len(images), *shape[1:])
+                x = block(x, state["cross"][i], cache=first)
+                state["cache"][i] = first.repeat_interleave(k, dim=1)
+        return state
+
+    def step(self, state, tokens):
+        """The rows' newest tokens, int64 (B·k,), go in; logits (B·k, V) of the next come out; state moves on."""
+        past = state["past"]
+        x = self.wte(tokens) + self.wpe.weight[past]
+        x = x[:, None]  # (B·k, 1, C)
+        for block, cross, cache in zip(self.blocks, state["cross"], state["cache"]):
+            x = block(x, cross, cache=cache, past=past)
+        state["past"] += 1
+        return F.linear(self.norm(x[:, 0]), self.wte.weight).float()
+
+    @staticmethod
+    def keep(state, rows, pictures=None):
+        """Reorders or drops rows of the caches, and pictures of the cross-attention (int64 indices)."""
+        past = state["past"]
+        for i, cache in enumerate(state["cache"]):
+            kept = cache.new_empty(2, len(rows), *cache.shape[2:])
+            kept[..., :past, :] = cache[..., :past, :].index_select(1, rows)
+            state["cache"][i] = kept
+        if pictures is not None:
+            state["cross"] = [c and [t.index_select(0, pictures) for t in c] for c in state["cross"]]
+
+    def constrain(self, logp, words, min_tokens, max_tokens, no_repeat_ngram):
+        """
+        logp (R, V) of the token after words (R, t): -inf, in place, for what may not follow: EOT before min_tokens, all but
+        EOT after max_tokens, whatever would make an n-gram of the row's appear again.
+        """
+        t, n = words.size(1), no_repeat_ngram
+        if t < min_tokens:
+            logp[:, self.eot_token] = -math.inf
+        if n and t >= n:
+            grams = words.unfold(1, n, 1)  # (R, t - n + 1, n)
+            last = words[:, t - n + 1:]  # the n - 1 words that a next one would complete
+            repeats = (grams[..., :-1] == last[:, None]).all(-1)
+            logp.scatter_add_(1, grams[..., -1], torch.zeros_like(grams[..., -1], dtype=logp.dtype)
+                              .masked_fill_(repeats, -math.inf))
+        if t >= max_tokens:
+            logp[:, :self.eot_token] = -math.inf
+        return logp
+
+    @torch.no_grad()
+    def beam_search(self, images, beam=3, length_penalty=1.0, min_tokens=1, max_tokens=None, no_repeat_ngram=0):
+        """
+        images uint8 (B, S, S, 3) -> a list for each picture with its best caption: (token ids without EOT, log-probability
+        with EOT). beam=1 is greedy. At each step the `beam` best continuations that don't end stay; a continuation by EOT
+        is finished if it is among the `beam` best of all. Finished captions compare by log-probability / length **
+        length_penalty, EOT counted. A picture is done, and leaves the batch, when `beam` captions are finished and none in
+        progress scores better, at its present length, than the worst of them.
+        """
+        max_tokens = min(max_tokens or self.longest - 1, self.longest - 1)
+        k, device = beam, images.device
+        state = self.start(images, k)
+        picture = torch.arange(len(images), device=device)  # which of the pictures are still in the batch
+        words = torch.empty(len(images), k, 0, dtype=torch.long, device=device)
+        score = torch.full((len(images), k), -math.inf, device=device)
+        score[:, 0] = 0.0  # k equal rows to begin with: only one counts
+        finished = torch.full_like(score, -math.inf)  # scores of the k best finished, and their log-probabilities, words
+        logprob, texts = finished.clone(), torch.full((len(images), k, max_tokens), self.eot_token, device=device)
+        newest = torch.full((len(images) * k,), self.eot_token, device=device)
+        results = [None] * len(images)
+        for t in range(max_tokens + 1):
+            B = len(picture)
+            logp = self.step(state, newest).log_softmax(-1)
+            logp = self.constrain(logp, words.flatten(0, 1), min_tokens, max_tokens, no_repeat_ngram)
+            total = (score[:, :, None] + logp.view(B, k, -1)).flatten(1)  # (B, k·V)
+            best, index = total.topk(2 * k, dim=1)  # at most k of them end, so k that don't are among them
+            parent, token = index // logp.size(-1), index % logp.size(-1)
+            ends = token == self.eot_token
+
+            # finished ones: merge the new with the kept, keep k
+            new = torch.where(ends[:, :k], best[:, :k], -math.inf)
+            candidates = torch.cat([finished, new / (t + 1) ** length_penalty], dim=1)
+            finished, chosen = candidates.topk(k, dim=1)
+            logprob = torch.cat([logprob, new], dim=1).gather(1, chosen)
+            own = F.pad(words.gather(1, parent[:, :k, None].expand(-1, -1, t)), (0, max_tokens - t), value=self.eot_token)
+            texts = torch.cat([texts, own], dim=1).gather(1, chosen[..., None].expand(-1, -1, max_tokens))
+
+            # those in progress: the k best that don't end
+            order = torch.where(ends, -math.inf, best).topk(k, dim=1)
+            score, parent, token = order.values, parent.gather(1, order.indices), token.gather(1, order.indices)
+            words = torch.cat([words.gather(1, parent[..., None].expand(-1, -1, t)), token[..., None]], dim=2)
+            done = finished[:, -1] >= score[:, 0] / (t + 1) ** length_penalty
+            if t == max_tokens:
+                done[:] = True
+            left = (~done).nonzero()[:, 0]
+            for i in done.nonzero()[:, 0].tolist():
+                text = texts[i, 0].tolist()
+                text = text[:text.index(self.eot_token)] if self.eot_token in text else text
+                results[picture[i]] = [(text, logprob[i, 0].item())]
+            if len(left) == 0:
+                break
+            rows = (left[:, None] * k + parent[left]).flatten()
+            if len(left) < B or k > 1:
+                self.keep(state, rows, left if len(left) < B else None)
+            picture, words, score, finished, logprob, texts, token = (
+                x[left] for x in (picture, words, score, finished, logprob, texts, token))
+            newest = token.flatten()
+        return results
+
+    @torch.no_grad()
+    def sample(self, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, min_tokens=1, max_tokens=None,
+               no_repeat_ngram=0, seed=0):
+        """
+        images uint8 (B, S, S, 3) -> a list for each picture of num_samples captions: (token ids without EOT, log-probability
+        with EOT under the model itself, before temperature and truncation). top_k (0: all): only the k likeliest tokens;
+        top_p: only the likeliest that together have that probability (arXiv 1904.09751).
+        """
+        max_tokens = min(max_tokens or self.longest - 1, self.longest - 1)
+        k, device = num_samples, images.device
+        generator = torch.Generator().manual_seed(seed)  # draws are made on the CPU: MPS' multinomial has been wrong
+        state = self.start(images, k)
+        picture = torch.arange(len(images), device=device)
+        words = torch.empty(len(images) * k, 0, dtype=torch.long, device=device)
+        logprob = torch.zeros(len(images) * k, device=device)
+        ended = torch.zeros(len(images) * k, dtype=torch.bool, device=device)
+        newest = torch.full((len(images) * k,), self.eot_token, device=device)
+        results = [None] * len(images)
+        for t in range(max_tokens + 1):
+            logits = self.step(state, newest)
+            own = logits.log_softmax(-1)
+            logits = self.constrain(logits / temperature, words, min_tokens, max_tokens, no_repeat_ngram)
+            if top_k and top_k < logits.size(-1):
+                logits[logits < logits.topk(top_k, dim=-1).values[:, -1:]] = -math.inf
+            if top_p < 1:
+                ranked, order = logits.sort(dim=-1, descending=True)
+                p = ranked.softmax(-1)
+                ranked[p.cumsum(-1) - p >= top_p] = -math.inf
+                logits = torch.empty_like(logits).scatter_(-1, order, ranked)
+            newest = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(device)
+            newest[ended] = self.eot_token
+            logprob += own.gather(1, newest[:, None])[:, 0].masked_fill(ended, 0.0)
+            ended |= newest == self.eot_token
+            words = torch.cat([words, newest[:, None]], dim=1)
+            done = ended.view(-1, k).all(1)
+            if not done.any():
+                continue
+            for i in done.nonzero()[:, 0].tolist():
+                texts = words[i * k:(i + 1) * k].tolist()
+                results[picture[i]] = [(text[:text.index(self.eot_token)], logprob[i * k + j].item())
+                                       for j, text in enumerate(texts)]
+            left = (~done).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            rows = (left[:, None] * k + torch.arange(k, device=device)).flatten()
+            self.keep(state, rows, left)
+            picture, words, logprob, ended, newest = picture[left], words[rows], logprob[rows], ended[rows], newest[rows]
+        return results

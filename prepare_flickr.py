@@ -1,0 +1,954 @@
+"""
+Photographs and captions into the binaries that train.py memory-maps: Flickr30k, Flickr8k, COCO or your own.
+
+    python prepare_flickr.py                                     # downloads Flickr30k (4.4 GB) into data/flickr30k
+    python prepare_flickr.py --images photos/ --captions captions.jsonl --out_dir data/mine
+
+For each split out_dir gets SPLIT_images.bin, SPLIT_tokens.bin, SPLIT_captions.bin and SPLIT_index.bin (what they hold:
+read_split) and SPLIT.jsonl, beside tokenizer.tiktoken and, written last, meta.json (load_meta). Other scripts read
+pictures and captions with load_image and read_captions from here, so that they are the same everywhere.
+"""
+import argparse
+import array
+import base64
+import contextlib
+import csv
+import difflib
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import time
+import unicodedata
+import warnings
+import zipfile
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import requests
+import tiktoken
+from PIL import Image, ImageOps
+
+SPLITS = "train", "val", "test"
+SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
+EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # as in tiktoken
+HUB = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
+FLICKR30K = {"train": 29000, "val": 1014, "test": 1000}  # pictures of Karpathy's split
+TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options, errors and files, the same in every script
+
+
+class UserError(ValueError):
+    """A mistake of the user's, said in one line; run() prints it and exits with 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line that names the nearest right option."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        wrong = re.search(r"unrecognized arguments:.*?(-[^\s=]+)", message)
+        near = wrong and difflib.get_close_matches(wrong[1], self._option_string_actions, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else " (--help lists the options)"
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
+
+
+def run(main):
+    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) in one
+    line and 1, an interrupt in one line and 130."""
+    try:
+        main()
+        return
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except OSError as error:
+        message, code = f"error: {error}", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file that takes path's name only once it is whole and on disk; after an error nothing is left."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def progress(what, done, total, began, first=0):
+    """A line on stderr, rewritten in place on a terminal, elsewhere one in ten seconds. first: done at began."""
+    terminal, now = sys.stderr.isatty(), time.monotonic()
+    if now - max(progress.last, began - 8 * terminal) < (0.2 if terminal else 10) and not (terminal and done == total):
+        return
+    progress.last = now
+    rate = max(done - first, 1) / max(now - began, 1e-3)
+    line = f"{what} {done:,} / {total:,}, {rate:,.0f} a second, {(total - done) / rate:,.0f} seconds left"
+    print(f"\r{line:79}" if terminal else line, end="" if terminal and done < total else "\n", file=sys.stderr, flush=True)
+
+
+progress.last = 0.0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def load_image(source, size):
+    """A picture as the model sees it: upright, RGB, transparency on white, squashed (never cropped) to a square.
+
+    source: a path, the file's bytes or an open binary file. Returns np.uint8 (size, size, 3).
+    Raises UserError, in one line that names the source, for what is not a readable picture.
+    """
+    name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "picture")
+    try:
+        with (warnings.catch_warnings(action="ignore"),
+              Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image):
+            image.draft(None, (2 * size, 2 * size))  # a JPEG of twice the size or more decodes faster at 1/2, 1/4, 1/8
+            image.load()
+            # A damaged EXIF block can raise anything and is no reason to lose the picture.
+            with contextlib.suppress(Exception):
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it, not scale it
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            return np.array(image)
+    # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError ... at a damaged file, and an error of their
+    # own at a picture of too many pixels (a decompression bomb).
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: not a readable picture: {reason}") from None
+
+
+def list_images(source):
+    """The files in a folder, .zip or .tar(.gz): a dict from path inside the source to what read_entry takes.
+
+    A folder's entries are paths, a zip's ZipInfos, a tar's (offset, length); a compressed tar's are None, for it can
+    only be read from its beginning. macOS's __MACOSX/ and ._* are left out.
+    """
+    entries = {}
+    if os.path.isdir(source):
+        for folder, _, files in os.walk(source):
+            for file in files:
+                path = os.path.join(folder, file)
+                entries[os.path.relpath(path, source).replace(os.sep, "/")] = path
+    elif not os.path.exists(source):
+        raise UserError(f"--images {source}: no such file or folder")
+    elif zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    entries.setdefault(info.filename, info)
+        if any(info.flag_bits & 1 for info in entries.values()):
+            raise UserError(f"--images {source}: the zip is encrypted: unpack it and give the folder")
+    else:
+        try:
+            with tarfile.open(source) as archive:
+                plain = isinstance(archive.fileobj, io.BufferedReader)
+                for member in archive:
+                    if member.isfile():
+                        entries.setdefault(member.name, (member.offset_data, member.size) if plain else None)
+                    archive.members = []  # else tarfile keeps every header
+        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+            raise UserError(f"--images {source}: not a folder, a zip or a whole tar: {error}") from None
+    entries = {path.removeprefix("./"): entry for path, entry in entries.items()}
+    return {path: entry for path, entry in sorted(entries.items())
+            if not re.search(r"(^|/)(__MACOSX/|\._)", path)}
+
+
+def read_entry(archive, entry):
+    """What load_image takes, for an entry of list_images: a worker needs no archive's directory, only its open file."""
+    if isinstance(entry, zipfile.ZipInfo):
+        archive.seek(entry.header_offset + 26)
+        archive.seek(sum(struct.unpack("<HH", archive.read(4))), 1)  # past the name and the extra field
+        with zipfile.ZipExtFile(archive, "r", entry) as file:
+            return file.read()
+    if isinstance(entry, tuple):
+        archive.seek(entry[0])
+        return archive.read(entry[1])
+    return entry
+
+
+def channel_sums(image):
+    """uint8 (S, S, 3) -> float64 (2, 3): the channels' sums and sums of squares, exact, so their order can't matter."""
+    pixels = image.reshape(-1, 3).astype(np.float64)
+    return np.stack([pixels.sum(0), np.square(pixels).sum(0)])
+
+
+def decode(task):
+    """In a worker: loads pictures and writes each into its row. Returns [(error or None, channel_sums)] in order."""
+    source, size, items = task
+    results = []
+    with open(os.devnull if os.path.isdir(source) else source, "rb") as archive:
+        for binary, row, path, entry in items:
+            try:
+                image = load_image(read_entry(archive, entry), size)
+            except (UserError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+                results.append((str(error), 0))
+                continue
+            with open(binary, "r+b") as file:
+                file.seek(row * image.nbytes)
+                file.write(image)
+            results.append((None, channel_sums(image)))
+    return results
+
+
+def ignore_interrupt():
+    """Ctrl-C is the parent's to answer; a worker would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def decode_all(source, entries, pictures, out_dir, size, workers):
+    """Fills SPLIT_images.bin. pictures: {split: [path inside the source, ...]}, a row each.
+
+    Returns ({path: error}, train's channel sums). A picture that can't be read leaves no row.
+    """
+    rows, errors, sums = {}, {}, np.zeros((2, 3))
+    for split, paths in pictures.items():
+        with open(f"{out_dir}/{split}_images.bin", "wb") as file:
+            file.truncate(len(paths) * size * size * 3)
+        rows.update({path: (f"{out_dir}/{split}_images.bin", row) for row, path in enumerate(paths)})
+
+    def items():
+        if None not in entries.values():
+            yield from ((*rows[path], path, entries[path]) for path in rows)
+            return
+        left = set(rows)
+        with tarfile.open(source, "r|*") as archive:  # compressed: one pass, in the archive's order
+            for member in archive:
+                path = member.name.removeprefix("./")
+                if member.isfile() and path in left:
+                    left.remove(path)
+                    yield *rows[path], path, archive.extractfile(member).read()
+                archive.members = []
+
+    stream, waiting, done, train, began = items(), deque(), 0, set(pictures["train"]), time.monotonic()
+    try:
+        with ProcessPoolExecutor(workers, initializer=ignore_interrupt) as pool:
+            while True:
+                # Few chunks are under way at a time, so that a compressed tar is not read into memory.
+                while len(waiting) <= 2 * workers and (chunk := list(itertools.islice(stream, 16))):
+                    waiting.append(([path for _, _, path, _ in chunk], pool.submit(decode, (source, size, chunk))))
+                if not waiting:
+                    break
+                paths, future = waiting.popleft()
+                for path, (error, picture_sums) in zip(paths, future.result()):
+                    if error:
+                        errors[path] = error
+                    elif path in train:
+                        sums += picture_sums
+                done += len(paths)
+                progress("pictures", done, len(rows), began)
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed (out of memory?): try --workers 1") from None
+
+    for split, paths in pictures.items():  # close the gaps that unreadable pictures left
+        good = [row for row, path in enumerate(paths) if path not in errors]
+        with open(f"{out_dir}/{split}_images.bin", "r+b") as file:
+            for new, old in enumerate(good):
+                if new != old:
+                    file.seek(old * size * size * 3)
+                    image = file.read(size * size * 3)
+                    file.seek(new * size * size * 3)
+                    file.write(image)
+            file.truncate(len(good) * size * size * 3)
+    return errors, sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# captions: each reader yields (where, the line or record itself, picture's name, captions, split), None for what lacks
+
+TOKEN_LINE = re.compile(r"([^\t]*\S)#\d+\t(.*)")
+# Kaggle's Flickr30k results.csv, `name| n| caption`, nothing quoted; one row of the original lacks its second bar.
+BAR_LINE = re.compile(r"\s*([^|]*[^|\s])\s*\|\s*\d+(?:\s*\||\s)(.*)")
+
+
+def read_captions(path, skipped=None):
+    """Captions from any of the files that Flickr8k, Flickr30k and COCO are found as, told apart by their content.
+
+    NAME.jpg#n<TAB>caption lines (.token), CSV with a header (Kaggle's captions.txt and results.csv, nlphuji's), JSON
+    (Karpathy's, COCO's captions_*.json, {name: [captions]}) and JSON lines {"image", "captions"[, "split"]}.
+    Returns [(image file name, caption text, split or None)] in the file's order, empty captions as "". A line that
+    can't be understood is appended, as a text that names it, to the list `skipped`; without one it is a UserError.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 (convert it: iconv -f LATIN1 -t UTF-8)") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{path}: {error.strerror.lower()}, expected a file of captions") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # splitlines() would also split at U+2028, \x0b ...
+    filled = [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not filled:
+        raise UserError(f"{path}: empty, expected captions")
+    first = filled[0][1].lstrip()
+    if first[0] in "{[":
+        rows = json_rows(path, text, filled)
+    elif any(TOKEN_LINE.match(line) for _, line in filled[:20]):
+        rows = ((where, line, *(m.groups() if (m := TOKEN_LINE.fullmatch(line)) else (None, None)), None)
+                for where, line in filled)
+    elif first.lower().replace(" ", "") == "image_name|comment_number|comment":
+        rows = ((where, line, *(m.groups() if (m := BAR_LINE.fullmatch(line)) else (None, None)), None)
+                for where, line in filled[1:])
+    else:
+        rows = csv_rows(path, lines)
+    records = []
+    for where, raw, name, captions, split in rows:
+        captions = [captions] if isinstance(captions, str) else captions
+        if not (isinstance(name, str) and name.strip() and isinstance(captions, list)
+                and all(isinstance(caption, str) for caption in captions)):
+            malformed = f"{path}, {where}: no picture's name with captions: {str(raw)[:80]}"
+            if skipped is None:
+                raise UserError(malformed)
+            skipped.append(malformed)
+        elif SYNONYMS.get(split, split) not in (None, *SPLITS):
+            raise UserError(f"{path}, {where}: split {split!r}, expected train, val or test")
+        else:
+            name = name.strip().replace("\\", "/").removeprefix("./")
+            records += [(name, caption, SYNONYMS.get(split, split)) for caption in captions]
+    return records
+
+
+def csv_rows(path, lines):
+    """Comma-separated (RFC 4180), with columns for the picture, the caption (`raw`: a JSON list of them), the split."""
+    header, number = None, 0
+    while number < len(lines):
+        # A quoted field may hold line ends, and a stray quote may swallow the lines after it: take the fewest lines
+        # that are one row; where up to twenty are not, only this line is malformed.
+        for end in range(number + 1, min(number + 20, len(lines)) + 1):
+            try:
+                row = next(csv.reader(["\n".join(lines[number:end])], strict=True), [])
+                break
+            except csv.Error:
+                row = None
+        where, line, number = f"line {number + 1}", lines[number], number + 1 if row is None else end
+        if row == []:
+            continue
+        if header is None:
+            header = [column.strip().lower() for column in row or []]
+            image = next((header.index(c) for c in ("image", "image_name", "filename", "file_name") if c in header), None)
+            text = next((header.index(c) for c in ("caption", "comment", "raw") if c in header), None)
+            if image is None or text is None:
+                raise UserError(f"{path}: unknown format, its first line is {line[:80]!r}: expected NAME.jpg#n<TAB>caption, "
+                                "a CSV header such as image,caption, or JSON (lines) with image and captions")
+        elif row is None or len(row) != len(header):
+            yield where, line, None, None, None
+        else:
+            captions = row[text]
+            if header[text] == "raw":
+                with contextlib.suppress(ValueError):
+                    captions = json.loads(captions)
+            yield where, line, row[image], captions, row[header.index("split")].strip() or None if "split" in header else None
+
+
+def json_rows(path, text, filled):
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        if not any(re.fullmatch(r'\s*\{.*"image".*\}\s*', line) for _, line in filled):
+            raise UserError(f"{path}: neither JSON nor JSON lines: {error}") from None
+        data = []
+        for _, line in filled:
+            with contextlib.suppress(ValueError):
+                line = json.loads(line)
+            data.append(line)  # what isn't JSON stays text, and so malformed
+    try:
+        if isinstance(data, dict) and "image" in data:
+            data = [data]
+        if isinstance(data, list):
+            if data and isinstance(data[0], dict) and "image_id" in data[0]:
+                raise UserError(f"{path}: COCO results, which name no files: give annotations (captions_*.json)")
+            records = [record if isinstance(record, dict) else {"line": record} for record in data]
+        elif "annotations" in data:
+            files = {image["id"]: image["file_name"] for image in data["images"]}
+            records = [{"image": files.get(note["image_id"]), "captions": note["caption"]} for note in data["annotations"]]
+        elif isinstance(data.get("images"), list):
+            records = [{"image": os.path.join(image.get("filepath", ""), image["filename"]), "split": image.get("split"),
+                        "captions": [sentence["raw"] for sentence in image["sentences"]]} for image in data["images"]]
+        else:  # {name: [captions]}; HanCai98's Flickr30k lists the picture's own path among its captions
+            records = [{"image": name, "captions": [text for text in ([captions] if isinstance(captions, str) else captions)
+                                                    if os.path.basename(text) != os.path.basename(name)]}
+                       for name, captions in data.items()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: JSON of no known layout ({type(error).__name__}: {error}): expected Karpathy's, COCO's "
+                        "captions_*.json, {name: [captions]} or lines with image and captions") from None
+    for number, record in enumerate(records, 1):
+        yield f"record {number}", record, record.get("image"), record.get("captions"), record.get("split")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-level BPE (Sennrich et al. 2015, arXiv 1508.07909) over words split by GPT-2's pattern.
+
+    Returns list[bytes], the tokens by rank: the 256 bytes first, at most vocab_size - 1 in all (EOT comes on top);
+    fewer where no pair is left that occurs twice. A word is always split the way tiktoken splits it: a candidate is
+    the bytes that two neighbours make together, whichever two they are, and after each merge the words it touches are
+    merged again by rank, so that encoding gives the training's own tokens.
+    """
+    # GPT2_PATTERN for re, which has no \p{L}: \w is letters, numbers (\d and the others) and the underscore; the others
+    # are only those that occur, for re is slow at large classes.
+    texts = list(texts)
+    other = "".join(c for c in sorted(set().union(*texts)) if unicodedata.category(c) in ("No", "Nl"))
+    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+    split = re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_{other}]+| ?[\d{other}]+| ?(?:[^{space}\w]|_)+"
+                       rf"|[{space}]+(?![^{space}])|[{space}]")
+    counted = Counter(word for text in texts for word in split.findall(text))
+    words = [word.encode("utf-8", "surrogatepass") for word in counted]
+    counts = list(counted.values())
+    pieces = [[bytes([byte]) for byte in word] for word in words]
+    which = {word: n for n, word in enumerate(words)}
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    total, where = Counter(), defaultdict(set)  # candidate -> how often in the texts, in which words
+    for n, parts in enumerate(pieces):
+        for left, right in zip(parts, parts[1:]):
+            total[left + right] += counts[n]
+            where[left + right].add(n)
+    heap = [(-count, token) for token, count in total.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < vocab_size - 1:
+        count, token = heapq.heappop(heap)
+        if token in ranks or -count != total[token] or -count < 2:  # known, out of date (a newer entry is there), rare
+            continue
+        ranks[token] = len(ranks)
+        changed = set()
+        # A word that is a token whole is one piece for tiktoken, even where no merges would lead there.
+        for n in where.pop(token) | ({which[token]} if token in which else set()):
+            old = pieces[n]
+            new = pieces[n] = apply_merges(old, words[n], ranks)
+            if new != old:
+                for parts, sign in ((old, -counts[n]), (new, counts[n])):
+                    for left, right in zip(parts, parts[1:]):
+                        total[left + right] += sign
+                        where[left + right].add(n)
+                        changed.add(left + right)
+        for token in changed - ranks.keys():
+            heapq.heappush(heap, (-total[token], token))
+    return list(ranks)
+
+
+def apply_merges(parts, word, ranks):
+    """tiktoken's rule: a word that is a token is one piece; else the pair of lowest rank is merged, leftmost first."""
+    if word in ranks:
+        return [word]
+    parts = list(parts)
+    while True:
+        rank, at = min(((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))),
+                       default=(len(ranks), 0))
+        if rank == len(ranks):
+            return parts
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+
+
+def make_tokenizer(ranks, pattern=GPT2_PATTERN):
+    """list[bytes] by rank -> tiktoken.Encoding; <|endoftext|> (eot_token) is len(ranks)."""
+    return tiktoken.Encoding("nanocaption", pat_str=pattern, mergeable_ranks={token: n for n, token in enumerate(ranks)},
+                             special_tokens={"<|endoftext|>": len(ranks)})
+
+
+def ranks_to_text(ranks):
+    """list[bytes] by rank -> tiktoken's file format, as bytes: a line `base64 rank` each."""
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), n) for n, token in enumerate(ranks))
+
+
+def text_to_ranks(text):
+    """The inverse of ranks_to_text; UserError where ranks don't count up from 0 or a byte has no token."""
+    try:
+        lines = [line.split() for line in text.splitlines() if line]
+        ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
+        if [int(n) for _, n in lines] != list(range(len(lines))) or {bytes([b]) for b in range(256)} - set(ranks):
+            raise ValueError
+    except ValueError:
+        raise UserError("not tiktoken's file format: expected a line `base64 rank` for each rank from 0") from None
+    return ranks
+
+
+def read_tokenizer(source):
+    """`gpt2`, a prepared folder, or a checkpoint (or its folder) -> (ranks, pattern); None for `bpe`: yet to learn."""
+    if source == "bpe":
+        return None
+    if source == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except OSError as error:  # requests' errors are
+            raise OSError(f"--tokenizer gpt2: tiktoken could not download it: {error}") from None
+        return [gpt2.decode_single_token_bytes(n) for n in range(gpt2.eot_token)], GPT2_PATTERN
+    if os.path.exists(f"{source}/tokenizer.tiktoken"):
+        with open(f"{source}/tokenizer.tiktoken", "rb") as file:
+            return text_to_ranks(file.read()), load_meta(source)["pattern"]
+    path = next((p for p in (f"{source}/best.pt", f"{source}/last.pt", source) if os.path.isfile(p)), None)
+    if path is None:
+        raise UserError(f"--tokenizer {source}: not bpe, gpt2, a prepared folder, a checkpoint or a folder with one")
+    import torch  # only here: preparing needs no torch
+    try:
+        tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
+        return text_to_ranks(tokenizer["ranks"]), tokenizer["pattern"]
+    except (KeyError, TypeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"--tokenizer {path}: not a checkpoint that holds a tokenizer: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a prepared folder
+
+
+def load_meta(data_dir):
+    """meta.json's dict: version, image_size, vocab_size (with EOT), pattern, tokenizer, mean and std (3 each, of train
+    pixels in 0..1), splits {name: {images, captions, tokens, longest}}, fingerprint, source. UserError without it."""
+    try:
+        with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
+            meta = json.load(file)
+        if meta["version"] != 1:
+            raise UserError(f"{data_dir}/meta.json has version {meta['version']}, expected 1: prepare it again")
+        return meta
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{data_dir}: no prepared data (no meta.json): run prepare_flickr.py --out_dir {data_dir}") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{data_dir}/meta.json is damaged: prepare it again with --force") from None
+
+
+def load_tokenizer(data_dir):
+    """The prepared folder's tiktoken.Encoding."""
+    meta = load_meta(data_dir)
+    try:
+        with open(f"{data_dir}/tokenizer.tiktoken", "rb") as file:
+            return make_tokenizer(text_to_ranks(file.read()), meta["pattern"])
+    except (FileNotFoundError, UserError) as error:
+        raise UserError(f"{data_dir}/tokenizer.tiktoken: {error}: prepare it again with --force") from None
+
+
+def read_split(data_dir, split):
+    """A split's binaries, as a dict: images, a memmap uint8 (N, S, S, 3); tokens, a memmap uint16 (T,), every caption
+    followed by EOT; captions int64 (C + 1,), where each begins in tokens; index int64 (N + 1,), where each picture's
+    captions begin. Call it again to reopen the maps: pages that were read stay resident as long as a map lives."""
+    meta = load_meta(data_dir)
+    if split not in meta["splits"]:
+        raise UserError(f"{data_dir} has no split {split!r}: it has {', '.join(meta['splits'])}")
+    size, n = meta["image_size"], meta["splits"][split]
+    try:
+        return {
+            "images": np.memmap(f"{data_dir}/{split}_images.bin", np.uint8, "r", shape=(n["images"], size, size, 3)),
+            "tokens": np.memmap(f"{data_dir}/{split}_tokens.bin", np.uint16, "r", shape=(n["tokens"],)),
+            "captions": np.fromfile(f"{data_dir}/{split}_captions.bin", np.int64),
+            "index": np.fromfile(f"{data_dir}/{split}_index.bin", np.int64)}
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{data_dir}: {split}'s binaries are damaged ({error}): prepare it again with --force") from None
+
+
+def read_records(data_dir, split):
+    """[{"image": file name, "captions": [text, ...]}] from SPLIT.jsonl, in the order of the binaries."""
+    if split not in (splits := load_meta(data_dir)["splits"]):
+        raise UserError(f"{data_dir} has no split {split!r}: it has {', '.join(splits)}")
+    with open(f"{data_dir}/{split}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def clear(out_dir):
+    """Makes the folder, and removes what an earlier run left there: meta.json first, so that no half looks whole."""
+    os.makedirs(out_dir, exist_ok=True)
+    files = [f"{split}{end}" for split in SPLITS for end in
+             ("_images.bin", "_tokens.bin", "_captions.bin", "_index.bin", ".jsonl")]
+    for file in ("meta.json", *files, "tokenizer.tiktoken", "skipped.txt"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{out_dir}/{file}")
+
+
+def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192, source=None):
+    """Writes a whole prepared folder from pictures in memory; returns meta.json's dict.
+
+    splits: {"train": (names, captions, images), ...} with names list[str], captions list[list[str]] and images an
+    iterable of np.uint8 (image_size, image_size, 3), in the same order.
+    """
+    known = read_tokenizer(tokenizer)
+    clear(out_dir)
+    sums = np.zeros((2, 3))
+    for split, (names, captions, images) in splits.items():
+        with open(f"{out_dir}/{split}_images.bin", "wb") as file:
+            count = 0
+            for image in images:
+                if image.shape != (image_size, image_size, 3) or image.dtype != np.uint8:
+                    raise ValueError(f"{split}: expected uint8 {(image_size, image_size, 3)}, got {image.dtype} {image.shape}")
+                file.write(np.ascontiguousarray(image))
+                sums += channel_sums(image) if split == "train" else 0
+                count += 1
+        if not len(names) == len(captions) == count:
+            raise ValueError(f"{split}: {len(names)} names, {len(captions)} lists of captions, {count} images")
+    texts = {split: (names, captions) for split, (names, captions, _) in splits.items()}
+    return write_texts(out_dir, texts, sums, image_size, tokenizer, known, vocab_size, source)
+
+
+def write_texts(out_dir, splits, sums, image_size, tokenizer, known, vocab_size, source):
+    """Everything but SPLIT_images.bin, meta.json last. splits: {split: (names, captions)}; sums: train's channel_sums;
+    known: read_tokenizer's answer."""
+    if not splits.get("train", ((), ()))[0]:
+        raise UserError("the train split is empty: no pictures with captions")
+    splits = {split: (names, [[" ".join(text.split()) for text in texts] for texts in captions])
+              for split, (names, captions) in splits.items()}
+    ranks, pattern = known or (train_bpe(itertools.chain.from_iterable(splits["train"][1]), vocab_size), GPT2_PATTERN)
+    encoding = make_tokenizer(ranks, pattern)
+    if encoding.n_vocab > 65536:
+        raise UserError(f"the tokenizer has {encoding.n_vocab:,} tokens; SPLIT_tokens.bin (uint16) holds 65,536")
+    with atomic_write(f"{out_dir}/tokenizer.tiktoken") as file:
+        file.write(ranks_to_text(ranks))
+    fingerprint = hashlib.sha256(b"%d\n" % image_size + ranks_to_text(ranks))
+    meta = {"version": 1, "image_size": image_size, "vocab_size": encoding.n_vocab, "pattern": pattern,
+            "tokenizer": tokenizer, "splits": {}}
+    for split, (names, captions) in splits.items():
+        tokens, starts, index = array.array("H"), [0], [0]
+        for texts in captions:
+            for text in texts:
+                tokens.extend(encoding.encode_ordinary(text))
+                tokens.append(encoding.eot_token)
+                starts.append(len(tokens))
+            index.append(len(starts) - 1)
+        jsonl = "".join(json.dumps({"image": name, "captions": texts}, ensure_ascii=False) + "\n"
+                        for name, texts in zip(names, captions)).encode()
+        fingerprint.update(split.encode() + jsonl)
+        for end, data in (("_tokens.bin", np.array(tokens, np.uint16)), ("_captions.bin", np.array(starts, np.int64)),
+                          ("_index.bin", np.array(index, np.int64)), (".jsonl", jsonl)):
+            with atomic_write(f"{out_dir}/{split}{end}") as file:
+                file.write(data)
+        meta["splits"][split] = {"images": len(names), "captions": len(starts) - 1, "tokens": len(tokens),
+                                 "longest": int(np.diff(starts).max(initial=0))}
+    mean, square = sums / 255 ** np.array([[1], [2]]) / (len(splits["train"][0]) * image_size ** 2)
+    meta |= {"mean": mean.tolist(), "std": np.sqrt(square - mean ** 2).tolist(),
+             "fingerprint": fingerprint.hexdigest(), "source": source or {}}
+    with atomic_write(f"{out_dir}/meta.json") as file:
+        file.write(json.dumps(meta, indent=1).encode())
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# download
+
+
+def download(url, path):
+    """Fetches url into path, which appears only once it is whole; a path that exists is kept.
+
+    The bytes go to path.part, their ETag (or Last-Modified) to path.part.tag. After a broken connection or a restart
+    the rest is asked for, from the original address (what it redirects to may expire), if the file is still the same
+    (Range and If-Range, RFC 9110). After TRIES tries that get no further, or a status that waiting won't change, an
+    OSError.
+    """
+    part, tag, failures, best = f"{path}.part", f"{path}.part.tag", 0, 0
+    while not os.path.exists(path):
+        have, headers = 0, {"Accept-Encoding": "identity"}  # lengths and ranges shall be the file's own
+        if os.path.exists(part) and os.path.exists(tag):
+            with open(tag, encoding="latin-1") as file:
+                have, headers["If-Range"] = os.path.getsize(part), file.read()
+            headers["Range"] = f"bytes={have}-"
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
+                receive(reply, url, part, tag, have, headers.get("If-Range"))
+            os.replace(part, path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(tag)
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            size = os.path.getsize(part) if os.path.exists(part) else 0
+            best, failures = max(best, size), 0 if size > best else failures + 1
+            if failures == TRIES:
+                raise OSError(f"{url}: gave up ({error}); what came is kept: run it again to go on from there") from None
+            pause = min(WAIT * 2 ** failures, 60)
+            print(f"{os.path.basename(path)}: {error}; trying again in {pause:.0f} seconds", file=sys.stderr)
+            time.sleep(pause)
+
+
+def receive(reply, url, part, tag, have, same):
+    """Writes one reply's body behind the `have` bytes of part; `same` is the tag of the file that they came from."""
+    length, total = reply.headers.get("Content-Length"), None
+    span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+    etag = reply.headers.get("ETag", "")
+    now = reply.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
+    if reply.status_code == 416 and span and int(span[2]) == have:
+        return  # the last try ended between the last byte and the new name
+    if reply.status_code == 416 or (reply.status_code == 206 and (not span or span[1] != str(have) or now not in ("", same))):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(tag)
+        raise requests.ConnectionError("the file has changed: beginning anew")
+    if reply.status_code in (408, 425, 429) or reply.status_code >= 500:
+        raise requests.ConnectionError(f"HTTP {reply.status_code} {reply.reason}")
+    if reply.status_code not in (200, 206):
+        raise OSError(f"{url}: HTTP {reply.status_code} {reply.reason}: give a mirror with --url, or put the file at "
+                      f"{part.removesuffix('.part')} yourself")
+    if reply.status_code == 200:  # from the beginning: asked for so, or the file has changed, or no ranges there
+        have = 0
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(tag)
+    total = int(span[2]) if span else int(length) if length else None
+    free = shutil.disk_usage(os.path.dirname(part) or ".").free + (os.path.getsize(part) if have == 0 and os.path.exists(part) else 0)
+    if total and total - have > free:
+        raise OSError(f"{url}: {(total - have) / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free: make room")
+    began = time.monotonic()
+    with open(part, "ab" if have else "wb") as file:
+        if now:
+            with atomic_write(tag) as tag_file:
+                tag_file.write(now.encode("latin-1"))
+        size = have
+        for block in reply.iter_content(1 << 16):
+            size += file.write(block)
+            progress(f"{os.path.basename(part)}: MB", size // 10**6, (total or size) // 10**6, began, have // 10**6)
+        file.flush()
+        os.fsync(file.fileno())
+    if total is not None and size != total:
+        raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from files to a prepared folder
+
+
+def stem(path):
+    """The file name without its folder and without a picture's extension."""
+    return EXTENSION.sub("", path.rsplit("/", 1)[-1])
+
+
+def match(names, paths):
+    """Finds names, written with or without folder and extension, among paths: a dict from name to path.
+
+    A name that fits nothing is not in it; one that fits two paths is a UserError.
+    """
+    by_stem = defaultdict(list)
+    for path in paths:
+        by_stem[stem(path)].append(path)
+    rivals, found = Counter(stem(name) for name in names), {}
+    for name in names:
+        candidates = by_stem.get(stem(name), [])
+        hits = [path for path in candidates if f"/{path}".endswith(f"/{name}")
+                or f"/{EXTENSION.sub('', path)}".endswith(f"/{name}")]
+        # Another folder or extension than the captions say is fine only where nothing else has that name.
+        if not hits and rivals[stem(name)] == 1:
+            hits = [path for path in candidates if os.path.basename(path) == os.path.basename(name)] or candidates
+        if len(hits) > 1:
+            raise UserError(f"{name} may be {hits[0]} or {hits[1]}: write the folder (and extension) in the captions")
+        if hits:
+            found[name] = hits[0]
+    return found
+
+
+def read_all_captions(files, skipped):
+    """[FILE or train=FILE, ...] -> {name: [captions]}, {name: split or None}; what is left out goes onto skipped."""
+    captions, splits = {}, {}
+    for file in files:
+        given, _, path = file.rpartition("=") if re.match(r"(train|val|test)=", file) else ("", "", file)
+        malformed = []
+        for name, text, split in read_captions(path, malformed):
+            split = given or split
+            if splits.setdefault(name, split) != split:
+                raise UserError(f"{path}: {name} is in two splits, {splits[name]} and {split}")
+            captions.setdefault(name, []).append(text)
+        skipped += [("caption", line) for line in malformed]
+    return captions, splits
+
+
+def read_split_files(files, names):
+    """Lists of ids, in the order train, val, test -> ({name: split}, [ids that no caption names])."""
+    splits, unknown, lists = {}, [], {}
+    for split, path in zip(SPLITS, files):
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                ids = dict.fromkeys(line.strip() for line in file if line.strip())
+        except (FileNotFoundError, UnicodeDecodeError) as error:
+            raise UserError(f"--split_files {path}: {error}") from None
+        found = match(ids, names)
+        unknown += [f"{path}: {id}" for id in ids if id not in found]
+        for name in found.values():
+            if splits.setdefault(name, split) != split:
+                raise UserError(f"{name} is in two lists, {lists[splits[name]]} and {path}")
+        lists[split] = path
+    return splits, unknown
+
+
+def hashed_split(name):
+    """90 / 5 / 5 by a hash of the file name: adding pictures moves no other."""
+    share = int(hashlib.sha256(stem(name).encode()).hexdigest()[:8], 16) / 2 ** 32
+    return "train" if share < 0.90 else "val" if share < 0.95 else "test"
+
+
+def signature(path):
+    """What changes when a file (size, time) or a folder (files, their size, newest time) does."""
+    if os.path.isdir(path):
+        stats = [os.lstat(os.path.join(folder, file)) for folder, _, files in os.walk(path) for file in files]
+        return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder") from None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def up_to_date(out_dir, source):
+    """Whether out_dir holds just what these arguments would make; UserError where it was made from others."""
+    if not os.path.exists(f"{out_dir}/meta.json"):
+        return False
+    old = load_meta(out_dir)["source"]
+    for key in source:
+        if key != "inputs" and old.get(key) != source[key]:
+            raise UserError(f"{out_dir} was prepared with --{key} {old.get(key)}, now it is {source[key]}: "
+                            "give another --out_dir, or --force to replace it")
+    for path in source["inputs"]:
+        if old["inputs"].get(path) != source["inputs"][path]:
+            raise UserError(f"{path} has changed since {out_dir} was prepared: --force prepares it again")
+    return True
+
+
+def check_skipped(out_dir, skipped, kind, total, allow_missing):
+    """Writes skipped.txt, a line `kind<TAB>what` each; more than 1 % of the pictures or captions is a UserError."""
+    if skipped:
+        with atomic_write(f"{out_dir}/skipped.txt") as file:
+            file.write("".join(f"{kind}\t{what}\n" for kind, what in skipped).encode("utf-8", "replace"))
+    bad = [what for k, what in skipped if k == kind]
+    if len(bad) > 0.01 * total and not allow_missing:
+        raise UserError(f"{len(bad):,} of {total:,} {kind}s can't be used (more than 1 %), the first: {bad[0]}; all are in "
+                        f"{out_dir}/skipped.txt; --allow_missing goes on without them")
+
+
+def prepare(args):
+    """From pictures and captions to a prepared folder; prints what it made."""
+    began, skipped, unknown = time.monotonic(), [], []
+    source = {key: getattr(args, key) for key in ("images", "captions", "split_files", "image_size", "vocab_size",
+                                                  "tokenizer")}
+    files = [args.images, *(re.sub("^(train|val|test)=", "", file) for file in args.captions), *(args.split_files or [])]
+    files += [] if args.tokenizer in ("bpe", "gpt2") else [args.tokenizer]
+    # What was downloaded stays as it is, and the archive may be deleted.
+    source["inputs"] = {} if args.url else {file: signature(file) for file in files}
+    if not args.force and up_to_date(args.out_dir, source):
+        print(f"{args.out_dir} is prepared already, from the same: nothing to do (--force does it again)")
+        return
+    os.makedirs(args.out_dir, exist_ok=True)
+    if args.url:
+        for path in (*args.captions, args.images):
+            download(f"{args.url.rstrip('/')}/{os.path.basename(path)}", path)
+    known = read_tokenizer(args.tokenizer)
+
+    # captions, by the names that their files use
+    captions, splits = read_all_captions(args.captions, skipped)
+    n_captions = sum(map(len, captions.values())) + len(skipped)
+    if args.url and Counter(splits.values()) != FLICKR30K:
+        raise UserError(f"{args.captions[0]}: expected Karpathy's split, {FLICKR30K}, found {dict(Counter(splits.values()))}: "
+                        "delete the file to download it anew")
+    if args.split_files:
+        splits, unknown = read_split_files(args.split_files, captions)
+        skipped += [("picture", f"{id}: in the list, but has no captions") for id in unknown]
+    elif any(splits.values()) and None in splits.values():
+        name = next(name for name in splits if splits[name] is None)
+        raise UserError(f"{name} has no split where others have one: give --split_files, or --captions train=FILE")
+
+    # pictures: their places in the source, in the captions' order
+    entries = list_images(args.images)
+    found, texts, split_of = match(splits, entries), defaultdict(list), {}
+    for name, split in splits.items():
+        path = found.get(name)
+        for text in captions[name]:
+            if not text.strip():
+                skipped.append(("caption", f"{name}: empty"))
+            elif path is None:
+                skipped.append(("caption", f"{name}: no such picture in {args.images}: {text}"))
+            else:
+                texts[path].append(text)
+                split = split or hashed_split(path)
+                if split_of.setdefault(path, split) != split:
+                    raise UserError(f"{path} is in two splits, {split_of[path]} and {split}, under two names")
+    pictures = {split: [path for path in texts if split_of[path] == split] for split in SPLITS}
+    pictures = {split: paths for split, paths in pictures.items() if paths}
+    if "train" not in pictures:
+        raise UserError(f"nothing to train on: of {len(captions):,} pictures in the captions (such as {next(iter(captions), '')})"
+                        f" {len(texts):,} are among {len(entries):,} files in {args.images} (such as {next(iter(entries), '')})"
+                        ", and none of them in the split train")
+    check_skipped(args.out_dir, skipped, "caption", n_captions, args.allow_missing)
+    clear(args.out_dir)
+    errors, sums = decode_all(args.images, entries, pictures, args.out_dir, args.image_size, args.workers)
+    skipped += [("picture", f"{path}: {error}") for path, error in errors.items()]
+    check_skipped(args.out_dir, skipped, "picture", len(texts) + len(unknown), args.allow_missing)
+
+    # Names without folders, so that the same pictures packed differently are the same data; unless that would be unclear.
+    bases = Counter(map(os.path.basename, texts))
+    names = {path: os.path.basename(path) if bases[os.path.basename(path)] == 1 else path for path in texts}
+    pictures = {split: [path for path in paths if path not in errors] for split, paths in pictures.items()}
+    meta = write_texts(args.out_dir, {split: ([names[path] for path in paths], [texts[path] for path in paths])
+                                      for split, paths in pictures.items() if paths},
+                       sums, args.image_size, args.tokenizer, known, args.vocab_size, source)
+    for split, n in meta["splits"].items():
+        print(f"{split}: {n['images']:,} pictures, {n['captions']:,} captions, {n['tokens']:,} tokens, "
+              f"at most {n['longest']} a caption")
+    lost = Counter(kind for kind, _ in skipped)
+    unused = sum(1 for path in entries if EXTENSION.search(path) and path not in texts)
+    print(f"{args.out_dir}: vocabulary {meta['vocab_size']:,}, {time.monotonic() - began:.0f} seconds; skipped "
+          f"{lost['picture']:,} pictures and {lost['caption']:,} captions" + f" ({args.out_dir}/skipped.txt)" * bool(skipped)
+          + f"; {len(captions) - len(splits):,} pictures with captions are in no list" * bool(args.split_files)
+          + f"; {unused:,} pictures of {args.images} are without captions or in no list" * bool(unused))
+    if args.delete_archive:
+        os.remove(args.images)
+
+
+def main():
+    parser = Parser(description="Pictures and captions into the binaries that train.py reads.")
+    add = parser.add_argument
+    add("--images", help="folder, .zip or .tar(.gz) of pictures; without it Flickr30k is downloaded (4.4 GB)")
+    add("--captions", nargs="+", metavar="FILE", help="files of captions in any known format; train=FILE says its split")
+    add("--split_files", nargs="+", metavar="LIST", help="lists of ids, TRAIN [VAL [TEST]]; else the captions' own splits, "
+        "else 90/5/5 by a hash of the name")
+    add("--out_dir", help="where to write (default: data/ and the name of --images)")
+    add("--image_size", type=int, default=160, help="pixels a side (default: %(default)s)")
+    add("--vocab_size", type=int, default=8192, help="at most so many tokens, EOT included (default: %(default)s)")
+    add("--tokenizer", default="bpe", help="bpe (learned from train), gpt2, a prepared folder, a checkpoint (default: bpe)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that decode pictures (default: all cores)")
+    add("--force", action="store_true", help="replace what is in out_dir")
+    add("--allow_missing", action="store_true", help="go on where more than 1 %% of pictures or captions can't be used")
+    add("--url", metavar="BASE", help=f"where to download Flickr30k from (default: {HUB})")
+    add("--delete_archive", action="store_true", help="delete the downloaded archive once all is prepared")
+    args = parser.parse_args()
+    for name, least, most in (("image_size", 8, 4096), ("vocab_size", 257, 65536), ("workers", 1, 1024)):
+        if not least <= getattr(args, name) <= most:
+            raise UserError(f"--{name} {getattr(args, name)}: expected {least} to {most}")
+    if len(args.split_files or []) > 3:
+        raise UserError(f"--split_files: expected TRAIN [VAL [TEST]], found {len(args.split_files)} files")
+    if bool(args.images) != bool(args.captions):
+        raise UserError("expected both --images and --captions, or neither to download Flickr30k")
+    if args.images:
+        if args.url or args.delete_archive:
+            raise UserError("--url and --delete_archive are for the download of Flickr30k, without --images")
+        args.out_dir = args.out_dir or f"data/{os.path.basename(os.path.abspath(args.images)).split('.')[0]}"
+        if os.path.isdir(args.images) and os.path.realpath(args.out_dir + "/x").startswith(os.path.realpath(args.images) + os.sep):
+            raise UserError(f"--out_dir {args.out_dir} lies within --images {args.images}: give another")
+    else:
+        args.url, args.out_dir = args.url or HUB, args.out_dir or "data/flickr30k"
+        if not re.match("https?://", args.url):
+            raise UserError(f"--url {args.url}: expected http:// or https://")
+        args.images = f"{args.out_dir}/flickr30k-images.zip"
+        args.captions = [f"{args.out_dir}/flickr_annotations_30k.csv"]
+    prepare(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,501 @@
+"""
+Trains a captioner. Options are the fields below; a config file sets some, the command line others:
+
+    python train.py config/nano.py --max_minutes=30
+    python train.py config/nano.py --init_from=resume                    # go on where it stopped
+    python train.py config/nano.py --init_from=out/nano --out_dir=out/mine --data_dir=data/mine    # fine-tune
+    torchrun --standalone --nproc_per_node=4 train.py config/base.py     # four GPUs
+"""
+import copy
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from evaluate import cider, cider_references, tokenize
+from model import Captioner, ModelOptions, pack
+from prepare_flickr import Parser, UserError, atomic_write, load_meta, load_tokenizer, read_records, read_split, run
+from sample import VERSION, build, pick_device, read_checkpoint
+
+
+@dataclass
+class Options(ModelOptions):
+    # where
+    data_dir: str = "data/flickr8k"   # what prepare wrote
+    out_dir: str = "out/nano"         # checkpoints and log.jsonl
+    init_from: str = "scratch"        # "scratch", "resume" (out_dir/last.pt, or start if there is none), or a checkpoint to fine-tune
+    force: bool = False               # let "scratch" overwrite an out_dir that holds last.pt
+    # how much
+    batch_size: int = 32              # pictures a step, over all ranks and micro-steps
+    grad_accum: int = 1               # micro-steps a step: the same result in less memory
+    max_iters: int = 0                # stop after so many steps ...
+    max_minutes: float = 0.0          # ... or so many minutes of training, evaluation not counted; 0: no limit
+    # pictures
+    crop: float = 1.0                 # random crops keep at least this share of the area; 1: none
+    flip: bool = False                # mirror every second picture, but those whose captions say "left" or "right"
+    # loss
+    smoothing: float = 0.0            # label smoothing
+    alpha: float = 0.0                # weight of the teacher's distribution in the loss, ramped up over the first epoch
+    momentum: float = 0.999           # of the teacher, an exponential moving average of the weights
+    # optimizer
+    optimizer: str = "adamw"          # "adamw", or "muon" for the matrices of the blocks and AdamW for the rest
+    learning_rate: float = 1e-3       # AdamW's
+    muon_lr: float = 0.02             # Muon's
+    weight_decay: float = 0.1         # of matrices
+    beta1: float = 0.9
+    beta2: float = 0.98
+    grad_clip: float = 1.0            # largest norm of the gradient; 0: no limit
+    warmup_iters: int = 100           # the learning rate rises over these steps, then falls as a cosine
+    min_lr: float = 0.0               # ... to this share of itself
+    # watching
+    log_interval: int = 20            # steps between lines of the log
+    eval_interval: int = 500          # steps between evaluations, each with a checkpoint
+    eval_images: int = 1000           # pictures of val in an evaluation, at most
+    # machine
+    device: str = "auto"              # cpu, cuda, mps; auto: the best there is
+    dtype: str = "auto"               # of matrix products: bfloat16 or float32; auto: bfloat16 on CUDA
+    compile: bool = False             # torch.compile: minutes to start, then faster on a GPU
+    seed: int = 0
+
+
+MODEL = {f.name for f in fields(ModelOptions)}
+
+
+# ---- options
+
+def read_options(argv):
+    """Command line -> (Options, the names that it set itself). Exits with one line for what is wrong."""
+    parser = Parser(prog="train.py", description=__doc__, add_help=True)
+    parser.add_argument("config", nargs="?", help="a Python file that sets options")
+    comments = dict(re.findall(r"(\w+): \w+ = [^#\n]+# (.*)", inspect.getsource(ModelOptions) + inspect.getsource(Options)))
+    for f in fields(Options):
+        parser.add_argument(f"--{f.name}", **(dict(nargs="?", const="True") if f.type is bool else {}),
+                            help=f"{comments.get(f.name, '')} (default: {f.default})".replace("%", "%%").strip())
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    options = Options()
+    if config := given.pop("config", None):
+        for name, value in read_config(config).items():
+            set_option(options, name, value, config)
+    for name, value in given.items():
+        set_option(options, name, value, "command line")
+    for name, allowed in dict(optimizer=("adamw", "muon"), dtype=("auto", "bfloat16", "float32")).items():
+        if getattr(options, name) not in allowed:
+            raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(options, name)!r}")
+    for name, (low, high) in dict(
+            batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
+            smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), learning_rate=(0, 1e3), muon_lr=(0, 1e3), weight_decay=(0, 1e3),
+            beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
+            log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1)).items():
+        if not low <= getattr(options, name) <= high:
+            raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(options, name)}")
+    if not options.max_iters and not options.max_minutes:
+        raise UserError("nothing says when to stop: give --max_iters or --max_minutes, or a config that does")
+    try:
+        options.check()
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    return options, set(given)
+
+
+def read_config(path):
+    """A Python file -> the names that it sets, but for modules and names that begin with _."""
+    scope = {}
+    try:
+        exec(compile(Path(path).read_text(), path, "exec"), scope)
+    except OSError as e:
+        raise UserError(f"config file {path} can't be read: {e.strerror}") from None
+    except Exception as e:
+        raise UserError(f"config file {path} can't be run: {type(e).__name__}: {e}") from None
+    return {k: v for k, v in scope.items() if not k.startswith("_") and not inspect.ismodule(v)}
+
+
+def set_option(options, name, value, source):
+    """Sets one option from a value or its text; UserError for an unknown name or a wrong type."""
+    kinds = {f.name: f.type for f in fields(Options)}
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, 1, 0.5)
+        raise UserError(f"{source}: unknown option {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    kind, given = kinds[name], value
+    if isinstance(value, str) and kind is not str:
+        try:
+            value = {"true": True, "1": True, "false": False, "0": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            pass
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{source}: {name} takes {kind.__name__}, not {given!r}")
+    setattr(options, name, value)
+
+
+# ---- data
+
+def get_batch(data_dir, split, pictures, longest, eot_token):
+    """
+    pictures: their numbers in the split. Returns images uint8 (B, S, S, 3) and their captions packed (see model.pack).
+    The maps are opened for each batch, so that pages once read don't stay with the process.
+    """
+    data = read_split(data_dir, split)
+    images = torch.from_numpy(np.stack([data["images"][i] for i in pictures]))
+    bounds = [data["captions"][data["index"][i]:data["index"][i + 1] + 1] for i in pictures]
+    captions = [[data["tokens"][a:b - 1].tolist() for a, b in zip(ends[:-1], ends[1:])] for ends in bounds]  # without EOT
+    return images, pack(captions, eot_token, longest)
+
+
+def augment(images, seeds, may_flip, options):
+    """
+    A crop and perhaps a mirror image of each picture, by one affine sampling: uint8 (B, S, S, 3) -> float (B, s, s, 3), scale
+    0..255, s = options.image_size. What happens to a picture depends on its own seed alone.
+    """
+    theta = torch.zeros(len(images), 2, 3)
+    for i, seed in enumerate(seeds):
+        area, stretch, x, y, mirror = np.random.default_rng(seed).random(5)
+        side = math.sqrt(options.crop + (1 - options.crop) * area)
+        stretch = (4 / 3) ** (stretch - 0.5)  # sides of up to 4:3 to each other
+        w, h = min(side * stretch, 1), min(side / stretch, 1)
+        theta[i, 0, 0] = -w if options.flip and may_flip[i] and mirror < 0.5 else w
+        theta[i, 1, 1] = h
+        theta[i, 0, 2], theta[i, 1, 2] = (2 * x - 1) * (1 - w), (2 * y - 1) * (1 - h)
+    grid = F.affine_grid(theta.to(images.device), (len(images), 3, options.image_size, options.image_size), align_corners=False)
+    x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=False)
+    return x.permute(0, 2, 3, 1)
+
+
+def says_side(captions):
+    """Whether a mirror image would make one of these captions untrue."""
+    return any(re.search(r"\b(left|right)\b", text, re.IGNORECASE) for text in captions)
+
+
+# ---- optimizer
+
+class Muon(torch.optim.Optimizer):
+    """
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
+    Newton-Schulz. torch.optim.Muon does that in bfloat16, one matrix at a time, which is slow on most CPUs: here all of one
+    shape go together, in float32 but for CUDA. A fused qkv or kv counts as the square matrices that it consists of.
+    """
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in shapes.items():
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                gradients = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+                update = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov
+                side = columns if rows in (2 * columns, 3 * columns) else rows
+                update = orthogonalise(update.reshape(-1, side, columns)) * max(1, side / columns) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(update.view(-1, rows, columns)), alpha=-group["lr"])
+
+
+def orthogonalise(G, steps=5):
+    """(n, a, b) -> (n, a, b): nearly the nearest matrices whose singular values are all 1, by a quintic Newton-Schulz."""
+    X = G.bfloat16() if G.is_cuda else G.float()
+    wide = G.size(1) <= G.size(2)
+    X = X if wide else X.mT
+    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return (X if wide else X.mT).to(G.dtype)
+
+
+def make_optimizers(model, options):
+    """A list: AdamW, and Muon for the matrices of the blocks where it is asked for. Only matrices decay."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if p.ndim == 2 and "blocks." in name] if options.optimizer == "muon" else []
+    rest = [p for _, p in named if not any(p is h for h in hidden)]
+    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=options.weight_decay),
+              dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
+    optimizers = [torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)]
+    if hidden:
+        optimizers.append(Muon(hidden, lr=options.muon_lr, weight_decay=options.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def make_teacher(model):
+    """A copy of the model, in eval mode for good, that shares its frozen parameters (ALBEF, arXiv 2107.07651)."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_teacher(teacher, model, m):
+    """teacher = m · teacher + (1 - m) · model, for what is trained."""
+    pairs = [(t, p) for t, p in zip(teacher.parameters(), model.parameters()) if t is not p]
+    torch._foreach_lerp_([t for t, _ in pairs], [p.detach() for _, p in pairs], 1 - m)
+
+
+# ---- evaluation
+
+@torch.no_grad()
+def validate(model, options, tokenizer, references, cider_refs, rank, world):
+    """
+    On the first len(references) pictures of val: a dict of loss (nats a token), loss_shuffled (each with its neighbour's picture: as
+    low as loss where a captioner ignores its pictures), cider (greedy captions) and distinct (share of captions that are
+    unlike all others); and the captions. Ranks share the work and all know the result.
+    """
+    device, count = model.mean.device, len(references)
+    sums, texts = torch.zeros(3), {}
+    for start in range(rank * 64, count, world * 64):
+        pictures = range(start, min(start + 64, count))
+        images, captions = get_batch(options.data_dir, "val", pictures, model.longest, model.eot_token)
+        others = get_batch(options.data_dir, "val", [(i + 1) % count for i in pictures], model.longest, model.eot_token)[0]
+        captions, images = {k: v.to(device) for k, v in captions.items()}, images.to(device)
+        sums += torch.tensor([model(images, captions)[1].item(), model(others.to(device), captions)[1].item(),
+                              len(captions["targets"])])
+        for i, [(words, _)] in zip(pictures, model.beam_search(images, beam=1)):
+            texts[i] = tokenizer.decode(words).strip()
+    if world > 1:
+        dist.all_reduce(sums)
+        gathered = [None] * world
+        dist.all_gather_object(gathered, texts)
+        texts = {i: text for part in gathered for i, text in part.items()}
+    texts = [texts[i] for i in range(count)]
+    score = cider([tokenize(text) for text in texts], cider_refs)[0]
+    loss, shuffled, tokens = sums.tolist()
+    return dict(loss=loss / tokens, loss_shuffled=shuffled / tokens, cider=float(score), distinct=len(set(texts)) / count), texts
+
+
+# ---- the run
+
+def starting_point(options, explicit, tokenizer_text, fingerprint):
+    """What init_from names -> (checkpoint or None, whether to go on from it). Model options of a checkpoint hold."""
+    last = Path(options.out_dir, "last.pt")
+    if options.init_from == "scratch":
+        if last.exists() and not options.force:
+            raise UserError(f"{last} exists: --init_from=resume goes on from it, --force starts over, --out_dir names another place")
+        return None, False
+    resume = options.init_from == "resume"
+    if resume and not last.exists():
+        return None, False
+    checkpoint = read_checkpoint(last if resume else options.init_from)
+    if resume and "optimizer" not in checkpoint:
+        raise UserError(f"{last} holds nothing to resume from: name it with --init_from=PATH to start from its weights")
+    if checkpoint["tokenizer"]["ranks"] != tokenizer_text:
+        raise UserError(f"{options.data_dir} was prepared with another tokenizer than the checkpoint's: prepare it again with "
+                        f"--tokenizer {last if resume else options.init_from}")
+    if resume and checkpoint["fingerprint"] != fingerprint:
+        raise UserError(f"{last} was trained on other data than {options.data_dir} holds now: give its own --data_dir, or "
+                        f"--init_from={last} with another --out_dir to fine-tune")
+    for name in sorted(MODEL - {"dropout"}):
+        if (found := checkpoint["options"][name]) != getattr(options, name):
+            if resume or name in explicit:
+                raise UserError(f"{name} is {getattr(options, name)} here but {found} in the checkpoint to start from")
+            setattr(options, name, found)
+    return checkpoint, resume
+
+
+def cut_log(path, it):
+    """Drops what the log says of steps after `it`, or half of: they will be done again."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["iter"] <= it]
+    if kept != lines:
+        with atomic_write(path) as f:
+            f.write(b"".join(kept))
+
+
+def main():
+    options, explicit = read_options(sys.argv[1:])
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if options.batch_size % (world * options.grad_accum):
+        raise UserError(f"batch_size {options.batch_size} can't be shared by {world} ranks × {options.grad_accum} micro-steps")
+    device = pick_device(options.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
+    bf16 = options.dtype == "bfloat16" or options.dtype == "auto" and device.type == "cuda"
+    autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    # data
+    meta = load_meta(options.data_dir)
+    tokenizer = load_tokenizer(options.data_dir)
+    tokenizer_text = Path(options.data_dir, "tokenizer.tiktoken").read_bytes()
+    for split in ("train", "val"):
+        if split not in meta["splits"]:
+            raise UserError(f"{options.data_dir} has no split {split!r}: training needs train and val")
+    checkpoint, resumed = starting_point(options, explicit, tokenizer_text, meta["fingerprint"])
+    if options.image_size > meta["image_size"]:
+        raise UserError(f"image_size {options.image_size} is more than the {meta['image_size']} that {options.data_dir} was prepared "
+                        f"with: train smaller, or prepare larger")
+    N = meta["splits"]["train"]["images"]
+    references = [r["captions"] for r in read_records(options.data_dir, "val")][:options.eval_images]
+    cider_refs = cider_references([[tokenize(text) for text in texts] for texts in references])
+    may_flip = np.array([not says_side(r["captions"]) for r in read_records(options.data_dir, "train")])
+
+    # model, teacher, optimizers
+    torch.manual_seed(options.seed)
+    model = Captioner(options, meta["vocab_size"], meta["mean"], meta["std"])
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    model.to(device)
+    teacher = make_teacher(model)
+    optimizers = make_optimizers(model, options)
+    it, seen, seconds, best, running = 0, 0, 0.0, -1.0, [0.0] * 5
+    if resumed:
+        teacher.load_state_dict(checkpoint["teacher"])
+        peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
+        for optimizer, state, peak in zip(optimizers, checkpoint["optimizer"], peaks):
+            optimizer.load_state_dict(state)
+            for group, p in zip(optimizer.param_groups, peak):  # the schedule is the command line's, not the checkpoint's
+                group["peak"] = p
+        it, seen, seconds, best, running = (checkpoint[k] for k in ("iter", "seen", "seconds", "best", "running"))
+    del checkpoint
+    trained = DistributedDataParallel(model) if world > 1 else model
+    forward = torch.compile(trained) if options.compile else trained
+
+    split = read_split(options.data_dir, "train")
+    lengths = np.minimum(np.diff(split["captions"]), model.longest)  # (C,) tokens of a caption with its EOT
+    cut = int((np.diff(split["captions"]) > model.longest).sum())
+    tokens_of = np.add.reduceat(lengths, split["index"][:-1])  # (N,) tokens of a picture's captions
+    captions_of = np.diff(split["index"])  # (N,)
+
+    out_dir, log_path = Path(options.out_dir), Path(options.out_dir, "log.jsonl")
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        cut_log(log_path, it)
+        n_params = sum(p.numel() for p in model.parameters())
+        print(f"{n_params / 1e6:.2f} M parameters ({sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M in the encoder), "
+              f"{device.type}{f' × {world}' if world > 1 else ''}, {'bfloat16' if bf16 else 'float32'}, a step: "
+              f"{options.batch_size} pictures, about {options.batch_size * tokens_of.mean():.0f} tokens; {N} pictures to train on"
+              + (f"; {cut} captions cut to {model.longest} tokens" if cut else "")
+              + (f"; going on from step {it}" if resumed else ""), flush=True)
+
+    def log(text, **record):
+        if rank == 0:
+            print(text, flush=True)
+            with open(log_path, "a") as f:
+                f.write(json.dumps(dict(iter=it, **record)) + "\n")
+
+    def save():
+        if rank == 0:
+            with atomic_write(out_dir / "last.pt") as f:
+                torch.save(dict(model=model.state_dict(), teacher=teacher.state_dict(), optimizer=[o.state_dict() for o in optimizers],
+                                iter=it, seen=seen, seconds=seconds, best=best, running=running, **about), f)
+
+    about = dict(options=asdict(options), tokenizer=dict(ranks=tokenizer_text, pattern=meta["pattern"]), version=VERSION,
+                 fingerprint=meta["fingerprint"])
+    signals = []
+
+    def on_signal(number, frame):
+        if signals:
+            raise KeyboardInterrupt  # asked twice: leave at once
+        signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    if world > 1:
+        dist.barrier()  # nobody writes before all have read
+
+    def progress():  # of the schedule, 0 to 1
+        by_iters = it / options.max_iters if options.max_iters else 0
+        return max(by_iters, seconds / 60 / options.max_minutes if options.max_minutes else 0)
+
+    order = lambda epoch: np.random.default_rng((options.seed, epoch)).permutation(N)
+    orders = {}  # of the epochs that a batch touches
+    done, stop = progress(), False
+    while done < 1 and not stop:
+        began = time.perf_counter()
+        position = np.arange(seen, seen + options.batch_size)
+        epochs = position // N
+        orders = {epoch: orders[epoch] if epoch in orders else order(epoch) for epoch in set(epochs.tolist())}
+        pictures = np.array([orders[e][p] for e, p in zip(epochs.tolist(), position % N)])
+        tokens = tokens_of[pictures].sum()  # of the global batch
+
+        scale = min((it + 1) / (options.warmup_iters + 1), 1)
+        scale *= options.min_lr + (1 - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * scale
+        alpha = options.alpha * min(1, seen / N)
+
+        model.train()
+        total = torch.zeros(1, device=device)
+        share = options.batch_size // (world * options.grad_accum)
+        for micro in range(options.grad_accum):
+            mine = slice((micro * world + rank) * share, (micro * world + rank + 1) * share)
+            images, captions = get_batch(options.data_dir, "train", pictures[mine], model.longest, model.eot_token)
+            images, captions = images.to(device), {k: v.to(device) for k, v in captions.items()}
+            if options.crop < 1 or options.flip:
+                seeds = [(options.seed, int(e), int(i)) for e, i in zip(epochs[mine], pictures[mine])]
+                images = augment(images, seeds, may_flip[pictures[mine]], options)
+            torch.manual_seed(hash((options.seed, it, micro, rank)))  # dropout
+            last_micro = micro == options.grad_accum - 1
+            with nullcontext() if world == 1 or last_micro else trained.no_sync():
+                with autocast:
+                    loss, ce = forward(images, captions, teacher=teacher, alpha=alpha, smoothing=options.smoothing)
+                (loss * (world / tokens)).backward()  # DDP takes the ranks' mean
+            total += ce
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        it, seen = it + 1, seen + options.batch_size
+        update_teacher(teacher, model, min(options.momentum, (1 + it) / (10 + it)))
+
+        # what all ranks must agree on: the loss, rank 0's clock, whether anyone was asked to stop
+        agreed = torch.tensor([total.item(), (time.perf_counter() - began) * (rank == 0), len(signals)], dtype=torch.float64)
+        if world > 1:
+            dist.all_reduce(agreed)
+        ce, elapsed, stop = agreed.tolist()
+        seconds += elapsed
+        done = progress()
+        running = [a + b for a, b in zip(running, (ce, float(tokens), len(pictures), int(captions_of[pictures].sum()), elapsed))]
+        if it % options.log_interval == 0:
+            ce, tokens, n_images, n_captions, elapsed = running
+            running = [0.0] * 5
+            record = dict(epoch=seen / N, seconds=seconds, loss=ce / tokens, lr=optimizers[0].param_groups[0]["lr"],
+                          grad_norm=norm.item(), images_per_s=n_images / elapsed, captions_per_s=n_captions / elapsed)
+            left = seconds * (1 - done) / done
+            log(f"step {it} | epoch {seen / N:.2f} | loss {ce / tokens:.4f} | lr {record['lr']:.2e} | {n_images / elapsed:.1f} "
+                f"pictures/s | {int(left // 60)}:{int(left % 60):02d} left", **record)
+        if it % options.eval_interval == 0 or done >= 1:
+            model.eval()
+            results = {}
+            for name, candidate in (("student", model), ("teacher", teacher)):
+                results[name], texts = validate(candidate, options, tokenizer, references, cider_refs, rank, world)
+                if results[name]["cider"] > best:
+                    best = results[name]["cider"]
+                    if rank == 0:
+                        with atomic_write(out_dir / "best.pt") as f:
+                            torch.save(dict(model=candidate.state_dict(), which=name, iter=it, eval=results[name], **about), f)
+            log("\n".join(f"  {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in r.items()) for name, r in results.items())
+                + "".join(f"\n    {text}    (a person: {refs[0]})" for text, refs in zip(texts[:3], references)), eval=results)
+            save()
+    if signals or not done >= 1 or it % options.eval_interval:
+        save()
+    if world > 1:
+        dist.destroy_process_group()
+    if signals:
+        print(f"stopped at step {it}: --init_from=resume goes on", file=sys.stderr)
+        sys.exit(128 + signals[0])
+
+
+if __name__ == "__main__":
+    run(main)
