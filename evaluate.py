@@ -23,8 +23,8 @@ from collections import Counter
 
 import numpy as np
 
-from prepare_flickr import (Parser, UserError, atomic_write, list_images, load_image, match, progress, read_captions,
-                            read_entry, read_records, read_split, run)
+from prepare_flickr import (EXTENSION, Parser, UserError, atomic_write, list_images, load_image, match, progress,
+                            read_captions, read_entry, read_records, read_split, run)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # words
@@ -350,7 +350,7 @@ def draw(path, names, texts, references, scores, pictures):
     order, n = sorted(range(len(names)), key=lambda i: -scores[i]), min(10, len(names))
     middle = (len(order) - n) // 2
     parts = {"best": order[:n], "median": order[middle:middle + n], "worst": order[-n:]}
-    captions = [f"{part} {k}, CIDEr {scores[i]:.2f}\n{texts[i]}\n– {references[i][0]}"
+    captions = [f"{part} {k}, CIDEr {scores[i]:.2f}\n{texts[i]}\na person: {references[i][0]}"
                 for part, chosen in parts.items() for k, i in enumerate(chosen, 1)]
     draw_sheet(path, np.stack([pictures(i) for chosen in parts.values() for i in chosen]), captions, columns=10)
 
@@ -386,6 +386,8 @@ def main():
         path = getattr(args, option)
         if path and not os.path.isdir(folder := os.path.dirname(path) or "."):
             raise UserError(f"--{option} {path}: there is no folder {folder}: make it first")
+    if args.sheet and not EXTENSION.search(args.sheet):
+        raise UserError(f"--sheet {args.sheet}: name a picture file, such as sheet.png")
     if args.meteor_spice:
         try:
             import pycocoevalcap.spice.spice  # noqa: F401

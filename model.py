@@ -459,15 +459,14 @@ class Captioner(nn.Module):
         logp (R, V) of the token after words (R, t): -inf, in place, for what may not follow: EOT before min_tokens, all but
         EOT after max_tokens, whatever would make an n-gram of the row's appear again.
         """
-        t, n = words.size(1), no_repeat_ngram
-        if t < min_tokens:
-            logp[:, self.eot_token] = -math.inf
+        t, n, end = words.size(1), no_repeat_ngram, logp[:, self.eot_token].clone()
         if n and t >= n:
             grams = words.unfold(1, n, 1)  # (R, t - n + 1, n)
             last = words[:, t - n + 1:]  # the n - 1 words that a next one would complete
             repeats = (grams[..., :-1] == last[:, None]).all(-1)
             logp.scatter_add_(1, grams[..., -1], torch.zeros_like(grams[..., -1], dtype=logp.dtype)
                               .masked_fill_(repeats, -math.inf))
+        logp[:, self.eot_token] = end if t >= min_tokens else -math.inf
         if t >= max_tokens:
             logp[:, :self.eot_token] = -math.inf
         return logp

@@ -102,15 +102,17 @@ def atomic_write(path):
         raise
 
 
-def progress(what, done, total, began, first=0):
+def progress(what, done, total, began, first=0, unit=1):
     """A line on stderr, rewritten in place on a terminal, elsewhere one in ten seconds. first: done at began."""
     terminal, now = sys.stderr.isatty(), time.monotonic()
-    if now - max(progress.last, began - 8 * terminal) < (0.2 if terminal else 10) and not (terminal and done == total):
+    if now - max(progress.last, began) < (0.2 if terminal else 10) and not (terminal and done == total):
         return
     progress.last = now
     rate = max(done - first, 1) / max(now - began, 1e-3)
-    line = f"{what} {done:,} / {total:,}, {rate:,.0f} a second, {(total - done) / rate:,.0f} seconds left"
-    print(f"\r{line:79}" if terminal else line, end="" if terminal and done < total else "\n", file=sys.stderr, flush=True)
+    line = (f"{what} {done / unit:,.0f} / {total / unit:,.0f}, {rate / unit:,.0f} a second, "
+            f"{(total - done) / rate:,.0f} seconds left")
+    end = "" if terminal and done < total else "\n"
+    print(f"\r{line:79}" if terminal else line, end=end, file=sys.stderr, flush=True)
 
 
 progress.last = 0.0
@@ -129,7 +131,8 @@ def load_image(source, size):
     try:
         with (warnings.catch_warnings(action="ignore"),
               Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image):
-            image.draft(None, (2 * size, 2 * size))  # a JPEG of twice the size or more decodes faster at 1/2, 1/4, 1/8
+            # A large JPEG decodes faster at 1/2, 1/4 or 1/8; down to twice the size, the filter below hides it.
+            image.draft(None, (2 * size, 2 * size))
             image.load()
             # A damaged EXIF block can raise anything and is no reason to lose the picture.
             with contextlib.suppress(Exception):
@@ -180,8 +183,7 @@ def list_images(source):
         except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
             raise UserError(f"--images {source}: not a folder, a zip or a whole tar: {error}") from None
     entries = {path.removeprefix("./"): entry for path, entry in entries.items()}
-    return {path: entry for path, entry in sorted(entries.items())
-            if not re.search(r"(^|/)(__MACOSX/|\._)", path)}
+    return {path: entry for path, entry in sorted(entries.items()) if not re.search(r"(^|/)(__MACOSX/|\._)", path)}
 
 
 def read_entry(archive, entry):
@@ -307,7 +309,7 @@ def read_captions(path, skipped=None):
         raise UserError(f"{path}, line {line}: not UTF-8 (convert it: iconv -f LATIN1 -t UTF-8)") from None
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: {error.strerror.lower()}, expected a file of captions") from None
-    lines = [line.removesuffix("\r") for line in text.split("\n")]  # splitlines() would also split at U+2028, \x0b ...
+    lines = [line.removesuffix("\r") for line in text.split("\n")]  # splitlines() would also split at U+2028
     filled = [(f"line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
         raise UserError(f"{path}: empty, expected captions")
@@ -315,11 +317,9 @@ def read_captions(path, skipped=None):
     if first[0] in "{[":
         rows = json_rows(path, text, filled)
     elif any(TOKEN_LINE.match(line) for _, line in filled[:20]):
-        rows = ((where, line, *(m.groups() if (m := TOKEN_LINE.fullmatch(line)) else (None, None)), None)
-                for where, line in filled)
+        rows = line_rows(TOKEN_LINE, filled)
     elif first.lower().replace(" ", "") == "image_name|comment_number|comment":
-        rows = ((where, line, *(m.groups() if (m := BAR_LINE.fullmatch(line)) else (None, None)), None)
-                for where, line in filled[1:])
+        rows = line_rows(BAR_LINE, filled[1:])
     else:
         rows = csv_rows(path, lines)
     records = []
@@ -335,8 +335,16 @@ def read_captions(path, skipped=None):
             raise UserError(f"{path}, {where}: split {split!r}, expected train, val or test")
         else:
             name = name.strip().replace("\\", "/").removeprefix("./")
-            records += [(name, caption, SYNONYMS.get(split, split)) for caption in captions]
+            # JSON may escape half a surrogate pair, which no file could hold.
+            records += [(name, caption.encode("utf-8", "replace").decode(), SYNONYMS.get(split, split))
+                        for caption in captions]
     return records
+
+
+def line_rows(pattern, filled):
+    for where, line in filled:
+        found = pattern.fullmatch(line)
+        yield where, line, *(found.groups() if found else (None, None)), None
 
 
 def csv_rows(path, lines):
@@ -356,19 +364,20 @@ def csv_rows(path, lines):
             continue
         if header is None:
             header = [column.strip().lower() for column in row or []]
-            image = next((header.index(c) for c in ("image", "image_name", "filename", "file_name") if c in header), None)
-            text = next((header.index(c) for c in ("caption", "comment", "raw") if c in header), None)
-            if image is None or text is None:
-                raise UserError(f"{path}: unknown format, its first line is {line[:80]!r}: expected NAME.jpg#n<TAB>caption, "
-                                "a CSV header such as image,caption, or JSON (lines) with image and captions")
+            images = [column for column in ("image", "image_name", "filename", "file_name") if column in header]
+            texts = [column for column in ("caption", "comment", "raw") if column in header]
+            if not images or not texts:
+                raise UserError(f"{path}: unknown format, its first line is {line[:80]!r}: expected NAME.jpg#n<TAB>"
+                                "caption, a CSV header such as image,caption, or JSON (lines) with image and captions")
         elif row is None or len(row) != len(header):
             yield where, line, None, None, None
         else:
-            captions = row[text]
-            if header[text] == "raw":
+            row = dict(zip(header, row))
+            captions = row[texts[0]]
+            if texts[0] == "raw":
                 with contextlib.suppress(ValueError):
                     captions = json.loads(captions)
-            yield where, line, row[image], captions, row[header.index("split")].strip() or None if "split" in header else None
+            yield where, line, row[images[0]], captions, row.get("split", "").strip() or None
 
 
 def json_rows(path, text, filled):
@@ -387,21 +396,23 @@ def json_rows(path, text, filled):
             data = [data]
         if isinstance(data, list):
             if data and isinstance(data[0], dict) and "image_id" in data[0]:
-                raise UserError(f"{path}: COCO results, which name no files: give annotations (captions_*.json)")
+                raise UserError(f"{path}: COCO results name no files: give the annotations (captions_*.json)")
             records = [record if isinstance(record, dict) else {"line": record} for record in data]
         elif "annotations" in data:
             files = {image["id"]: image["file_name"] for image in data["images"]}
-            records = [{"image": files.get(note["image_id"]), "captions": note["caption"]} for note in data["annotations"]]
+            records = [{"image": files.get(note["image_id"]), "captions": note["caption"]}
+                       for note in data["annotations"]]
         elif isinstance(data.get("images"), list):
-            records = [{"image": os.path.join(image.get("filepath", ""), image["filename"]), "split": image.get("split"),
-                        "captions": [sentence["raw"] for sentence in image["sentences"]]} for image in data["images"]]
+            records = [{"image": os.path.join(image.get("filepath", ""), image["filename"]),
+                        "captions": [sentence["raw"] for sentence in image["sentences"]],
+                        "split": image.get("split")} for image in data["images"]]
         else:  # {name: [captions]}; HanCai98's Flickr30k lists the picture's own path among its captions
-            records = [{"image": name, "captions": [text for text in ([captions] if isinstance(captions, str) else captions)
-                                                    if os.path.basename(text) != os.path.basename(name)]}
+            records = [{"image": name, "captions": captions if isinstance(captions, str) else
+                        [text for text in captions if os.path.basename(text) != os.path.basename(name)]}
                        for name, captions in data.items()]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: JSON of no known layout ({type(error).__name__}: {error}): expected Karpathy's, COCO's "
-                        "captions_*.json, {name: [captions]} or lines with image and captions") from None
+        raise UserError(f"{path}: JSON of no known layout ({type(error).__name__}: {error}): expected Karpathy's, "
+                        "COCO's captions_*.json, {name: [captions]} or lines with image and captions") from None
     for number, record in enumerate(records, 1):
         yield f"record {number}", record, record.get("image"), record.get("captions"), record.get("split")
 
@@ -418,18 +429,16 @@ def train_bpe(texts, vocab_size):
     the bytes that two neighbours make together, whichever two they are, and after each merge the words it touches are
     merged again by rank, so that encoding gives the training's own tokens.
     """
-    # GPT2_PATTERN for re, which has no \p{L}: \w is letters, numbers (\d and the others) and the underscore; the others
-    # are only those that occur, for re is slow at large classes.
+    # GPT2_PATTERN for re, which has no \p{L}: \w is letters, numbers (\d and others) and the underscore. The others are
+    # only those that occur, for re is slow at large classes.
     texts = list(texts)
     other = "".join(c for c in sorted(set().union(*texts)) if unicodedata.category(c) in ("No", "Nl"))
     space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
     split = re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_{other}]+| ?[\d{other}]+| ?(?:[^{space}\w]|_)+"
                        rf"|[{space}]+(?![^{space}])|[{space}]")
     counted = Counter(word for text in texts for word in split.findall(text))
-    words = [word.encode("utf-8", "surrogatepass") for word in counted]
     counts = list(counted.values())
-    pieces = [[bytes([byte]) for byte in word] for word in words]
-    which = {word: n for n, word in enumerate(words)}
+    pieces = [[bytes([byte]) for byte in word.encode()] for word in counted]
     ranks = {bytes([byte]): byte for byte in range(256)}
     total, where = Counter(), defaultdict(set)  # candidate -> how often in the texts, in which words
     for n, parts in enumerate(pieces):
@@ -444,10 +453,9 @@ def train_bpe(texts, vocab_size):
             continue
         ranks[token] = len(ranks)
         changed = set()
-        # A word that is a token whole is one piece for tiktoken, even where no merges would lead there.
-        for n in where.pop(token) | ({which[token]} if token in which else set()):
+        for n in where.pop(token):
             old = pieces[n]
-            new = pieces[n] = apply_merges(old, words[n], ranks)
+            new = pieces[n] = apply_merges(old, ranks)
             if new != old:
                 for parts, sign in ((old, -counts[n]), (new, counts[n])):
                     for left, right in zip(parts, parts[1:]):
@@ -459,10 +467,8 @@ def train_bpe(texts, vocab_size):
     return list(ranks)
 
 
-def apply_merges(parts, word, ranks):
-    """tiktoken's rule: a word that is a token is one piece; else the pair of lowest rank is merged, leftmost first."""
-    if word in ranks:
-        return [word]
+def apply_merges(parts, ranks):
+    """tiktoken's rule: the two neighbours whose token has the lowest rank are merged, leftmost first, and so on."""
     parts = list(parts)
     while True:
         rank, at = min(((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))),
@@ -474,8 +480,8 @@ def apply_merges(parts, word, ranks):
 
 def make_tokenizer(ranks, pattern=GPT2_PATTERN):
     """list[bytes] by rank -> tiktoken.Encoding; <|endoftext|> (eot_token) is len(ranks)."""
-    return tiktoken.Encoding("nanocaption", pat_str=pattern, mergeable_ranks={token: n for n, token in enumerate(ranks)},
-                             special_tokens={"<|endoftext|>": len(ranks)})
+    return tiktoken.Encoding("nanocaption", pat_str=pattern, special_tokens={"<|endoftext|>": len(ranks)},
+                             mergeable_ranks={token: n for n, token in enumerate(ranks)})
 
 
 def ranks_to_text(ranks):
@@ -529,13 +535,14 @@ def load_meta(data_dir):
     try:
         with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
             meta = json.load(file)
-        if meta["version"] != 1:
-            raise UserError(f"{data_dir}/meta.json has version {meta['version']}, expected 1: prepare it again")
-        return meta
+            version = meta["version"]
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{data_dir}: no prepared data (no meta.json): run prepare_flickr.py --out_dir {data_dir}") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{data_dir}: no prepared data (no meta.json): make it with prepare_flickr.py") from None
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{data_dir}/meta.json is damaged: prepare it again with --force") from None
+    if version != 1:
+        raise UserError(f"{data_dir}/meta.json has version {version}, expected 1: prepare it again with --force")
+    return meta
 
 
 def load_tokenizer(data_dir):
@@ -563,7 +570,7 @@ def read_split(data_dir, split):
             "captions": np.fromfile(f"{data_dir}/{split}_captions.bin", np.int64),
             "index": np.fromfile(f"{data_dir}/{split}_index.bin", np.int64)}
     except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{data_dir}: {split}'s binaries are damaged ({error}): prepare it again with --force") from None
+        raise UserError(f"{data_dir}: {split} is damaged ({error}): prepare it again with --force") from None
 
 
 def read_records(data_dir, split):
@@ -597,8 +604,9 @@ def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192,
         with open(f"{out_dir}/{split}_images.bin", "wb") as file:
             count = 0
             for image in images:
-                if image.shape != (image_size, image_size, 3) or image.dtype != np.uint8:
-                    raise ValueError(f"{split}: expected uint8 {(image_size, image_size, 3)}, got {image.dtype} {image.shape}")
+                if image.dtype != np.uint8 or image.shape != (image_size, image_size, 3):
+                    raise ValueError(f"{split}: expected uint8 ({image_size}, {image_size}, 3), "
+                                     f"got {image.dtype} {image.shape}")
                 file.write(np.ascontiguousarray(image))
                 sums += channel_sums(image) if split == "train" else 0
                 count += 1
@@ -678,7 +686,7 @@ def download(url, path):
             size = os.path.getsize(part) if os.path.exists(part) else 0
             best, failures = max(best, size), 0 if size > best else failures + 1
             if failures == TRIES:
-                raise OSError(f"{url}: gave up ({error}); what came is kept: run it again to go on from there") from None
+                raise OSError(f"{url}: gave up ({error}); what came is kept, run it again to go on") from None
             pause = min(WAIT * 2 ** failures, 60)
             print(f"{os.path.basename(path)}: {error}; trying again in {pause:.0f} seconds", file=sys.stderr)
             time.sleep(pause)
@@ -686,41 +694,39 @@ def download(url, path):
 
 def receive(reply, url, part, tag, have, same):
     """Writes one reply's body behind the `have` bytes of part; `same` is the tag of the file that they came from."""
-    length, total = reply.headers.get("Content-Length"), None
+    status, etag = reply.status_code, reply.headers.get("ETag", "W/")
+    validator = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag  # If-Range takes no weak ETag
     span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
-    etag = reply.headers.get("ETag", "")
-    now = reply.headers.get("Last-Modified", "") if not etag or etag.startswith("W/") else etag
-    if reply.status_code == 416 and span and int(span[2]) == have:
+    if status == 416 and span and int(span[2]) == have:
         return  # the last try ended between the last byte and the new name
-    if reply.status_code == 416 or (reply.status_code == 206 and (not span or span[1] != str(have) or now not in ("", same))):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(tag)
-        raise requests.ConnectionError("the file has changed: beginning anew")
-    if reply.status_code in (408, 425, 429) or reply.status_code >= 500:
-        raise requests.ConnectionError(f"HTTP {reply.status_code} {reply.reason}")
-    if reply.status_code not in (200, 206):
-        raise OSError(f"{url}: HTTP {reply.status_code} {reply.reason}: give a mirror with --url, or put the file at "
+    if status in (408, 425, 429) or status >= 500:
+        raise requests.ConnectionError(f"HTTP {status} {reply.reason}")
+    if status not in (200, 206, 416):
+        raise OSError(f"{url}: HTTP {status} {reply.reason}: give a mirror with --url, or put the file at "
                       f"{part.removesuffix('.part')} yourself")
-    if reply.status_code == 200:  # from the beginning: asked for so, or the file has changed, or no ranges there
-        have = 0
+    goes_on = status == 206 and span and span[1] == str(have) and validator in ("", same)
+    if not goes_on:
         with contextlib.suppress(FileNotFoundError):
             os.remove(tag)
-    total = int(span[2]) if span else int(length) if length else None
-    free = shutil.disk_usage(os.path.dirname(part) or ".").free + (os.path.getsize(part) if have == 0 and os.path.exists(part) else 0)
-    if total and total - have > free:
-        raise OSError(f"{url}: {(total - have) / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free: make room")
-    began = time.monotonic()
-    with open(part, "ab" if have else "wb") as file:
-        if now:
-            with atomic_write(tag) as tag_file:
-                tag_file.write(now.encode("latin-1"))
-        size = have
+        if status != 200:
+            raise requests.ConnectionError("the file has changed, so from the beginning")
+        have = 0
+        open(part, "wb").close()
+    length = int(reply.headers.get("Content-Length", 0))  # 0: not told
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(part))).free
+    if length > free:
+        raise OSError(f"{url}: {length / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free: make room")
+    if validator:
+        with atomic_write(tag) as file:
+            file.write(validator.encode("latin-1"))
+    began, size, total = time.monotonic(), have, have + length
+    with open(part, "ab") as file:
         for block in reply.iter_content(1 << 16):
             size += file.write(block)
-            progress(f"{os.path.basename(part)}: MB", size // 10**6, (total or size) // 10**6, began, have // 10**6)
+            progress(f"{os.path.basename(part)}: MB", size, max(total, size), began, have, 10 ** 6)
         file.flush()
         os.fsync(file.fileno())
-    if total is not None and size != total:
+    if length and size != total:
         raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
 
 
@@ -829,17 +835,17 @@ def check_skipped(out_dir, skipped, kind, total, allow_missing):
             file.write("".join(f"{kind}\t{what}\n" for kind, what in skipped).encode("utf-8", "replace"))
     bad = [what for k, what in skipped if k == kind]
     if len(bad) > 0.01 * total and not allow_missing:
-        raise UserError(f"{len(bad):,} of {total:,} {kind}s can't be used (more than 1 %), the first: {bad[0]}; all are in "
-                        f"{out_dir}/skipped.txt; --allow_missing goes on without them")
+        raise UserError(f"{len(bad):,} of {total:,} {kind}s can't be used (more than 1 %), the first: {bad[0]};"
+                        f" all are in {out_dir}/skipped.txt; --allow_missing goes on without them")
 
 
 def prepare(args):
     """From pictures and captions to a prepared folder; prints what it made."""
     began, skipped, unknown = time.monotonic(), [], []
-    source = {key: getattr(args, key) for key in ("images", "captions", "split_files", "image_size", "vocab_size",
-                                                  "tokenizer")}
-    files = [args.images, *(re.sub("^(train|val|test)=", "", file) for file in args.captions), *(args.split_files or [])]
-    files += [] if args.tokenizer in ("bpe", "gpt2") else [args.tokenizer]
+    keys = "images", "captions", "split_files", "image_size", "vocab_size", "tokenizer"
+    source = {key: getattr(args, key) for key in keys}
+    files = [args.images, *(re.sub("^(train|val|test)=", "", file) for file in args.captions)]
+    files += (args.split_files or []) + ([] if args.tokenizer in ("bpe", "gpt2") else [args.tokenizer])
     # What was downloaded stays as it is, and the archive may be deleted.
     source["inputs"] = {} if args.url else {file: signature(file) for file in files}
     if not args.force and up_to_date(args.out_dir, source):
@@ -855,8 +861,8 @@ def prepare(args):
     captions, splits = read_all_captions(args.captions, skipped)
     n_captions = sum(map(len, captions.values())) + len(skipped)
     if args.url and Counter(splits.values()) != FLICKR30K:
-        raise UserError(f"{args.captions[0]}: expected Karpathy's split, {FLICKR30K}, found {dict(Counter(splits.values()))}: "
-                        "delete the file to download it anew")
+        raise UserError(f"{args.captions[0]}: expected Karpathy's split, {FLICKR30K}, found "
+                        f"{dict(Counter(splits.values()))}: delete the file to download it anew")
     if args.split_files:
         splits, unknown = read_split_files(args.split_files, captions)
         skipped += [("picture", f"{id}: in the list, but has no captions") for id in unknown]
@@ -882,16 +888,16 @@ def prepare(args):
     pictures = {split: [path for path in texts if split_of[path] == split] for split in SPLITS}
     pictures = {split: paths for split, paths in pictures.items() if paths}
     if "train" not in pictures:
-        raise UserError(f"nothing to train on: of {len(captions):,} pictures in the captions (such as {next(iter(captions), '')})"
-                        f" {len(texts):,} are among {len(entries):,} files in {args.images} (such as {next(iter(entries), '')})"
-                        ", and none of them in the split train")
+        raise UserError(f"nothing to train on: of {len(captions):,} names in the captions (such as "
+                        f"{next(iter(captions), '')}) {len(texts):,} are among the {len(entries):,} files in "
+                        f"{args.images} (such as {next(iter(entries), '')}), and none of those in train")
     check_skipped(args.out_dir, skipped, "caption", n_captions, args.allow_missing)
     clear(args.out_dir)
     errors, sums = decode_all(args.images, entries, pictures, args.out_dir, args.image_size, args.workers)
     skipped += [("picture", f"{path}: {error}") for path, error in errors.items()]
     check_skipped(args.out_dir, skipped, "picture", len(texts) + len(unknown), args.allow_missing)
 
-    # Names without folders, so that the same pictures packed differently are the same data; unless that would be unclear.
+    # Names without folders, so that the same pictures packed differently are the same data, unless two would be one.
     bases = Counter(map(os.path.basename, texts))
     names = {path: os.path.basename(path) if bases[os.path.basename(path)] == 1 else path for path in texts}
     pictures = {split: [path for path in paths if path not in errors] for split, paths in pictures.items()}
@@ -904,7 +910,8 @@ def prepare(args):
     lost = Counter(kind for kind, _ in skipped)
     unused = sum(1 for path in entries if EXTENSION.search(path) and path not in texts)
     print(f"{args.out_dir}: vocabulary {meta['vocab_size']:,}, {time.monotonic() - began:.0f} seconds; skipped "
-          f"{lost['picture']:,} pictures and {lost['caption']:,} captions" + f" ({args.out_dir}/skipped.txt)" * bool(skipped)
+          f"{lost['picture']:,} pictures and {lost['caption']:,} captions"
+          + f" ({args.out_dir}/skipped.txt)" * bool(skipped)
           + f"; {len(captions) - len(splits):,} pictures with captions are in no list" * bool(args.split_files)
           + f"; {unused:,} pictures of {args.images} are without captions or in no list" * bool(unused))
     if args.delete_archive:
@@ -915,13 +922,13 @@ def main():
     parser = Parser(description="Pictures and captions into the binaries that train.py reads.")
     add = parser.add_argument
     add("--images", help="folder, .zip or .tar(.gz) of pictures; without it Flickr30k is downloaded (4.4 GB)")
-    add("--captions", nargs="+", metavar="FILE", help="files of captions in any known format; train=FILE says its split")
-    add("--split_files", nargs="+", metavar="LIST", help="lists of ids, TRAIN [VAL [TEST]]; else the captions' own splits, "
-        "else 90/5/5 by a hash of the name")
+    add("--captions", nargs="+", metavar="FILE", help="caption files in any known format; train=FILE says its split")
+    add("--split_files", nargs="+", metavar="LIST", help="lists of ids, TRAIN [VAL [TEST]]; else the captions' own "
+        "splits, else 90/5/5 by a hash of the name")
     add("--out_dir", help="where to write (default: data/ and the name of --images)")
     add("--image_size", type=int, default=160, help="pixels a side (default: %(default)s)")
     add("--vocab_size", type=int, default=8192, help="at most so many tokens, EOT included (default: %(default)s)")
-    add("--tokenizer", default="bpe", help="bpe (learned from train), gpt2, a prepared folder, a checkpoint (default: bpe)")
+    add("--tokenizer", default="bpe", help="bpe (learned from train; default), gpt2, a prepared folder, a checkpoint")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode pictures (default: all cores)")
     add("--force", action="store_true", help="replace what is in out_dir")
     add("--allow_missing", action="store_true", help="go on where more than 1 %% of pictures or captions can't be used")
@@ -939,7 +946,7 @@ def main():
         if args.url or args.delete_archive:
             raise UserError("--url and --delete_archive are for the download of Flickr30k, without --images")
         args.out_dir = args.out_dir or f"data/{os.path.basename(os.path.abspath(args.images)).split('.')[0]}"
-        if os.path.isdir(args.images) and os.path.realpath(args.out_dir + "/x").startswith(os.path.realpath(args.images) + os.sep):
+        if os.path.commonpath([within := os.path.realpath(args.images), os.path.realpath(args.out_dir)]) == within:
             raise UserError(f"--out_dir {args.out_dir} lies within --images {args.images}: give another")
     else:
         args.url, args.out_dir = args.url or HUB, args.out_dir or "data/flickr30k"

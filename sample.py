@@ -236,7 +236,7 @@ def main():
                     print(f"    a person: {reference}")
             if args.sheet:
                 sheet_images.append(image)
-                sheet_texts.append("\n".join([c["text"] for c in captions] + [f"– {r}" for r in references]))
+                sheet_texts.append("\n".join([c["text"] for c in captions] + [f"a person: {r}" for r in references]))
         sys.stdout.flush()
     if sheet_images:
         draw_sheet(args.sheet, sheet_images, sheet_texts)

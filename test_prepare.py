@@ -29,7 +29,8 @@ needs_formats = pytest.mark.skipif(not FORMATS.exists(), reason=f"no sample file
 # Captions that break careless readers: quotes, commas, bars, the end-of-text marker, accents, hashes, tabs' neighbours.
 CAPTIONS = {
     "1.jpg": ["A dog , a cat and a bird .", 'A sign that says " active . "', '"', "A man | a plan | a canal"],
-    "2_x.jpg": ["<|endoftext|> is not the end", "Crème brûlée naïve – 犬 🐕", "two\u2028lines, one caption", "A 5\" board"],
+    "2_x.jpg": ["<|endoftext|> is not the end", "Crème brûlée naïve – 犬 🐕", "two\u2028lines, one caption",
+                "A 5\" board"],
     "3.jpg": ["it's #1 : a {brace} [bracket]", "  spaces   inside  ", "don't , won't", "", "a"],
 }
 LISTS = {"train": ["1.jpg", "2_x"], "val": ["3.jpg"]}  # with and without the extension
@@ -68,7 +69,8 @@ def as_bytes(image, format="PNG", **options):
 
 def contents(folder):
     """The bytes of all binaries, texts and the tokenizer of a prepared folder."""
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".bin", ".jsonl", ".tiktoken")}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()
+            if path.suffix in (".bin", ".jsonl", ".tiktoken")}
 
 
 @pytest.fixture
@@ -119,7 +121,8 @@ def write_formats():
         "token": "\n".join(token) + "\n",
         "token with CRLF and a BOM": "\ufeff" + "\r\n".join(token) + "\r\n",
         "Kaggle captions.txt": "\n".join(["image,caption", *(csv_line(name, text) for name, _, text in pairs)]),
-        "Kaggle results.csv": "\n".join(["image_name| comment_number| comment", *(f"{a}| {n}| {t}" for a, n, t in pairs)]),
+        "Kaggle results.csv": "\n".join(["image_name| comment_number| comment",
+                                         *(f"{name}| {n}| {text}" for name, n, text in pairs)]),
         "Kaggle with commas": "\r\n".join(["image_name,comment_number,comment",
                                            *(csv_line(name, str(n), text) for name, n, text in pairs)]),
         "nlphuji": "\n".join(["raw,sentids,split,filename,img_id",
@@ -160,11 +163,12 @@ def test_splits_in_the_file(source):
 
 @needs_formats
 @pytest.mark.parametrize("file, count, last", [
-    ("flickr8k_token.sample.token.txt", None, None),
+    ("flickr8k_token.sample.token.txt", 32, None),  # with the original's 2258277193_586949ec62.jpg.1
     ("flickr8k_token.crlf_variant.sample.txt", 3, ("1000268201_693b08cb0e.jpg",
                                                    "A little girl climbing into a wooden playhouse .", None)),
-    ("kaggle_flickr8k_captions.sample.captions.txt", 18, ("1401961581_76921a75c5.jpg", "A girl sits in a harness ready to "
-     'lift up into the air and behind her is a sign that says " active . "', None)),
+    ("kaggle_flickr8k_captions.sample.captions.txt", 18, (
+        "1401961581_76921a75c5.jpg", "A girl sits in a harness ready to lift up into the air and behind her is a sign "
+        'that says " active . "', None)),
     ("kaggle_flickr30k_results.QUOTED.sample.csv", 16, ("2199200615.jpg", "A dog runs across the grass .", None)),
     ("flickr30k_results_20130124.QUOTED.sample.token", 5, None),
     ("nlphuji_flickr_annotations_30k.RECONSTRUCTED.csv", 5, ("1000092795.jpg", "Two friends enjoy time spent together.",
@@ -175,9 +179,10 @@ def test_splits_in_the_file(source):
 ])
 def test_genuine_files(file, count, last):
     captions = pf.read_captions(FORMATS / file)
-    assert count in (None, len(captions))
+    assert len(captions) == count
     assert last in (None, tuple(" ".join(x.split()) if x else x for x in captions[-1]))
-    assert all(name.endswith((".jpg", ".tif")) and text and not text.endswith(".jpg") for name, text, _ in captions)
+    assert all(name.endswith((".jpg", ".tif", ".jpg.1")) for name, _, _ in captions)
+    assert all(text and not text.endswith(".jpg") for _, text, _ in captions)
 
 
 def test_malformed_lines_are_listed(tmp_path):
@@ -191,8 +196,9 @@ def test_malformed_lines_are_listed(tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         skipped = []
-        captions = [(image, text.strip().replace(",", "")) for image, text, _ in pf.read_captions(tmp_path / name, skipped)]
-        assert captions == [("1.jpg", "A dog"), ("1.jpg", "A cat")], name
+        names, texts, _ = zip(*pf.read_captions(tmp_path / name, skipped))
+        assert names == ("1.jpg", "1.jpg")
+        assert [text.strip().replace(",", "") for text in texts] == ["A dog", "A cat"], name
         assert len(skipped) == {"a": 1, "b": 2, "c": 1, "d": 4}[name[0]], skipped
         where = "record 2" if name[0] == "d" else "line 2" if name[0] == "a" else "line 3"
         assert skipped[0].startswith(f"{tmp_path / name}, {where}: ")
@@ -213,11 +219,12 @@ def test_a_quoted_caption_may_hold_line_ends(tmp_path):
     (b'[{"image_id": 1, "caption": "x"}]', "COCO results"),
     (b'{"images": [', "neither JSON nor"),
     (b'{"image": "1.jpg", "captions": ["x"], "split": "trian"}', "split 'trian', expected train"),
+    (b'{"image": "1.jpg", "captions": ["\\ud83d"]}\n{"image": "1.jpg"}', "record 2: no picture's name with captions"),
 ])
 def test_unusable_caption_files(tmp_path, data, message):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(pf.UserError, match=message):
-        pf.read_captions(tmp_path / "file", [])
+        pf.read_captions(tmp_path / "file")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,9 +248,10 @@ def test_archives_and_workers_give_the_same_bytes(source, capsys):
     results = []
     for images in ("pictures", "stored.zip", "deflated.zip", "plain.tar", "packed.tar.gz"):
         for workers in (1, 3):
-            code, _, err = call(capsys, *arguments(source, f"{images}-{workers}", images=source / images, workers=workers))
+            out = f"{images}-{workers}"
+            code, _, err = call(capsys, *arguments(source, out, images=source / images, workers=workers))
             assert code == 0, err
-            results.append(contents(source / f"{images}-{workers}"))
+            results.append(contents(source / out))
     assert all(result == results[0] for result in results)
     rows = pf.read_split(source / "pictures-1", "train")["images"]
     for row, name in zip(rows, ("1.jpg", "deep/2_x.jpg"), strict=True):
@@ -444,8 +452,10 @@ def test_binaries_say_what_the_texts_say(source, capsys):
     assert meta["vocab_size"] == encoding.n_vocab == encoding.eot_token + 1
     for split, n in meta["splits"].items():
         data, records = pf.read_split(source / "out", split), pf.read_records(source / "out", split)
-        assert [data[key].dtype for key in ("images", "tokens", "captions", "index")] == [np.uint8, np.uint16, np.int64, np.int64]
-        assert data["images"].shape == (n["images"], 16, 16, 3) and len(data["tokens"]) == n["tokens"] == data["captions"][-1]
+        assert {key: array.dtype for key, array in data.items()} == {
+            "images": np.uint8, "tokens": np.uint16, "captions": np.int64, "index": np.int64}
+        assert data["images"].shape == (n["images"], 16, 16, 3)
+        assert len(data["tokens"]) == n["tokens"] == data["captions"][-1]
         assert data["index"][-1] == len(data["captions"]) - 1 == n["captions"]
         assert data["index"][0] == data["captions"][0] == 0
         for picture_n, record in enumerate(records):
@@ -461,7 +471,8 @@ def test_binaries_say_what_the_texts_say(source, capsys):
 
 def test_write_dataset(tmp_path):
     images = [pf.load_image(as_bytes(picture(n)), 8) for n in range(3)]
-    splits = {"train": (["a", "b"], [["one dog", "two dogs"], ["three"]], iter(images[:2])), "val": (["c"], [["four"]], images[2:])}
+    splits = {"train": (["a", "b"], [["one dog", "two dogs"], ["three"]], iter(images[:2])),
+              "val": (["c"], [["four"]], images[2:])}
     meta = pf.write_dataset(tmp_path, splits, 8, vocab_size=300, source={"made": "here"})
     assert meta == pf.load_meta(tmp_path) and meta["source"] == {"made": "here"}
     assert np.array_equal(pf.read_split(tmp_path, "train")["images"], images[:2])
@@ -507,11 +518,11 @@ def test_bpe_is_its_definition():
 
 def test_bpe_splits_as_the_pattern_says_on_any_unicode():
     rng = random.Random(0)
-    # Characters that both Unicode versions, Python's and regex's, know; each text twice, so that whole words are learned.
+    # Characters that Python's and regex's Unicode versions both know; each text twice, so that whole words are learned.
     known = [chr(c) for c in range(sys.maxunicode + 1)
              if unicodedata.category(chr(c)) not in ("Cn", "Cs") and regex.fullmatch(r"\P{Cn}", chr(c))]
     likely = " \t\n'\u00a0\u2028_-.9aé²½Ⅷ一\x1c\x85"
-    texts = ["".join(rng.choice(known) if rng.random() < .3 else rng.choice(likely) for _ in range(25)) for _ in range(60)]
+    texts = ["".join(rng.choice(known if rng.random() < .3 else likely) for _ in range(25)) for _ in range(60)]
     learned = pf.train_bpe(texts * 2, 65536)
     encoding = pf.make_tokenizer(learned)
     for word in (word for text in texts for word in regex.findall(pf.GPT2_PATTERN, text)):
@@ -592,6 +603,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
 
     def reply(self, status, body, length=None, **headers):
         self.send_response(status)
+        self.send_header("Connection", "close")
         self.send_header("Content-Length", str(len(body) if length is None else length))
         for key, value in headers.items():
             self.send_header(key, value)
@@ -605,6 +617,7 @@ def mirror(monkeypatch):
     monkeypatch.setattr(pf, "WAIT", 0.001)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
+        server.handle_error = lambda *_: None  # a client that hangs up is what some tests are about
         server.files, server.seen, server.script = {"/file": random.Random(0).randbytes(1 << 20)}, [], []
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -39,7 +39,7 @@ def main():
     if read_checkpoint(args.out_dir).get("fingerprint") != load_meta(args.data_dir)["fingerprint"]:
         raise UserError(f"{args.out_dir} was not trained on {args.data_dir}, so it may have seen these test scenes: "
                         f"train it there (--data_dir={args.data_dir})")
-    images, records = read_split(args.data_dir, "test")["images"], read_records(args.data_dir, "test")
+    images, records = np.array(read_split(args.data_dir, "test")["images"]), read_records(args.data_dir, "test")
     own = [record["captions"] for record in records]
     texts = [captions[0]["text"] for captions in caption_images(load(args.out_dir), images, beam=1)]
 

@@ -3,8 +3,8 @@ A data set that is drawn, not downloaded: scenes of coloured shapes, each with f
 
     python data/shapes/prepare.py
 
-A scene is one group of objects ("two small red circles") or two groups and their relation ("a large blue square above
-two small red circles"). Every caption tells the whole scene, and no two scenes share a caption. Some scenes are kept
+A scene is one group of objects ("two small red rings") or two groups and their relation ("a large blue square above
+two small red rings"). Every caption tells the whole scene, and no two scenes share a caption. Some scenes are kept
 out of training and make up val and test: a captioner that gets them right has learnt what the words mean.
 """
 import sys
@@ -21,11 +21,11 @@ from prepare_flickr import Parser, UserError, load_meta, run, write_dataset
 COUNTS = {1: "a", 2: "two", 3: "three"}
 SIZES = {"small": (0.07, 0.085), "large": (0.14, 0.165)}  # half an object's height, of the picture's
 COLOURS = {"red": (215, 35, 40), "green": (30, 165, 60), "blue": (45, 85, 230), "yellow": (240, 205, 40)}
-SHAPES = {"circle": None,  # the others are polygons: corners around (0, 0), within -1 .. 1
+SHAPES = {"ring": None,  # no disc: at this size it looks much like a square. The others' corners lie around (0, 0)
           "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
           "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
-          "cross": [(-1, -0.35), (-0.35, -0.35), (-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35),
-                    (1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1), (-0.35, 0.35), (-1, 0.35)]}
+          "cross": [(-1, -0.25), (-0.25, -0.25), (-0.25, -1), (0.25, -1), (0.25, -0.25), (1, -0.25),
+                    (1, 0.25), (0.25, 0.25), (0.25, 1), (-0.25, 1), (-0.25, 0.25), (-1, 0.25)]}
 WORDINGS = {
     "alone": ["{a}", "there {is_a} {a}", "a picture of {a}", "{a} and nothing else", "{turned_a}"],
     "left of": ["{a} left of {b}", "{b} right of {a}", "{a} with {b} to the right", "left of {b} there {is_a} {a}",
@@ -95,14 +95,16 @@ def place(scene, rng):
 def draw(scene, image_size, rng):
     """A scene -> a picture of it, uint8 (image_size, image_size, 3)."""
     S = 4 * image_size  # drawn larger, then reduced: smooth edges
-    image = Image.new("RGB", (S, S), (rng.randint(20, 120),) * 3)
+    ground = (rng.randint(20, 120),) * 3
+    image = Image.new("RGB", (S, S), ground)
     pen = ImageDraw.Draw(image)
     for x, y, r, (_, _, colour, shape) in place(scene, rng):
         fill = tuple(max(0, min(255, channel + rng.randint(-15, 15))) for channel in COLOURS[colour])
         if SHAPES[shape]:
             pen.polygon([(S * (x + r * dx), S * (y + r * dy)) for dx, dy in SHAPES[shape]], fill)
         else:
-            pen.ellipse([S * (x - r), S * (y - r), S * (x + r), S * (y + r)], fill)
+            for radius, inside in ((r, fill), (0.55 * r, ground)):
+                pen.ellipse([S * (x - radius), S * (y - radius), S * (x + radius), S * (y + radius)], inside)
     return np.asarray(image.reduce(4))
 
 
