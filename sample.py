@@ -10,9 +10,8 @@ From Python:
     captioner = load("out/nano")
     print(caption(captioner, "photo.jpg"))
 """
-import io
+import itertools
 import json
-import math
 import os
 import sys
 from dataclasses import fields
@@ -214,9 +213,11 @@ def main():
     limits = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "no_repeat_ngram", "min_tokens",
                                                      "max_tokens", "length_penalty", "num_samples", "seed")}
     failed, sheet_images, sheet_texts = 0, [], []
-    for start in range(0, len(pictures), args.batch_size):  # loaded and captioned batch by batch: memory stays flat
+    alike = [list(group) for _, group in itertools.groupby(pictures, lambda p: getattr(p[1], "shape", None))]
+    batches = [group[i:i + args.batch_size] for group in alike for i in range(0, len(group), args.batch_size)]
+    for pictures_of_batch in batches:  # loaded and captioned one after the other: memory stays flat
         batch = []
-        for name, source, references in pictures[start:start + args.batch_size]:
+        for name, source, references in pictures_of_batch:
             try:
                 image = source if isinstance(source, np.ndarray) else load_image(source, captioner.image_size)
                 batch.append((name, image, references))

@@ -123,7 +123,7 @@ def test_pictures_show_their_captions(data_dir):
         assert Counter(o[2] for o in found) == {colour: count for count, _, colour, _ in groups}, record
         for xs, ys, colour, _ in found:
             size = next(g[1] for g in groups if g[2] == colour)
-            assert (np.ptp(xs) + 1 <= 13) == (size == "small") and (np.ptp(xs) + 1 >= 14) == (size == "large"), record
+            assert (np.ptp(xs) + 1 <= 15) == (size == "small") and (np.ptp(xs) + 1 >= 18) == (size == "large"), record
         if b:
             axis = ("left of", "above").index(relation)
             assert max(o[axis].max() for o in found if o[2] == a[2]) < min(o[axis].min() for o in found if o[2] == b[2])

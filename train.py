@@ -165,7 +165,7 @@ def augment(images, seeds, may_flip, options):
     for i, seed in enumerate(seeds):
         area, stretch, x, y, mirror = np.random.default_rng(seed).random(5)
         side = math.sqrt(options.crop + (1 - options.crop) * area)
-        stretch = (4 / 3) ** (stretch - 0.5)  # sides of up to 4:3 to each other
+        stretch = (4 / 3) ** (stretch - 0.5) if options.crop < 1 else 1  # sides of up to 4:3 to each other
         w, h = min(side * stretch, 1), min(side / stretch, 1)
         theta[i, 0, 0] = -w if options.flip and may_flip[i] and mirror < 0.5 else w
         theta[i, 1, 1] = h

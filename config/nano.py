@@ -1,8 +1,8 @@
-# Flickr8k (or Flickr30k: --data_dir=data/flickr30k) in an hour on a laptop.
+# Flickr8k (or Flickr30k: --data_dir=data/flickr30k) in an hour on a laptop, without a GPU.
 data_dir = "data/flickr8k"
 out_dir = "out/nano"
 max_minutes = 60
-# 8 M parameters: 128 × 128 pixels, 64 patches
+# 8.9 M parameters; 128 × 128 pixels make 64 patches
 image_size = 128
 patch_size = 16
 stem = "conv"

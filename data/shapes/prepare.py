@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # prepare_flickr.p
 from prepare_flickr import Parser, UserError, load_meta, run, write_dataset
 
 COUNTS = {1: "a", 2: "two", 3: "three"}
-SIZES = {"small": (0.07, 0.085), "large": (0.14, 0.165)}  # half an object's height, of the picture's
+SIZES = {"small": (0.09, 0.1), "large": (0.16, 0.18)}  # half an object's height, of the picture's
 COLOURS = {"red": (215, 35, 40), "green": (30, 165, 60), "blue": (45, 85, 230), "yellow": (240, 205, 40)}
 SHAPES = {"ring": None,  # no disc: at this size it looks much like a square. The others' corners lie around (0, 0)
           "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
