@@ -491,6 +491,7 @@ def main():
     if signals or not done >= 1 or it % options.eval_interval:
         save()
     if world > 1:
+        dist.barrier()  # rank 0 is still writing: nobody leaves before it is done
         dist.destroy_process_group()
     if signals:
         print(f"stopped at step {it}: --init_from=resume goes on", file=sys.stderr)
