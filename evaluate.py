@@ -23,8 +23,8 @@ from collections import Counter
 
 import numpy as np
 
-from prepare_flickr import (EXTENSION, Parser, UserError, atomic_write, list_images, load_image, match, progress,
-                            read_captions, read_entry, read_records, read_split, run)
+from common import Parser, UserError, atomic_write, progress, run
+from prepare_flickr import EXTENSION, list_images, load_image, match, read_captions, read_entry, read_records, read_split
 
 # ---------------------------------------------------------------------------------------------------------------------
 # words
@@ -315,15 +315,14 @@ def find_pictures(args):
     names = list(captions)[:args.limit]
 
     def get(rows, size):
-        with open(os.devnull if os.path.isdir(args.images) else args.images, "rb") as archive:
-            pictures = []
-            for name in names[rows.start:rows.stop]:
-                source = read_entry(archive, entries[found[name]])
-                if isinstance(source, bytes):
-                    source = io.BytesIO(source)
-                    source.name = name  # which an error tells
-                pictures.append(load_image(source, size))
-            return np.stack(pictures)
+        pictures = []
+        for name in names[rows.start:rows.stop]:
+            source = read_entry(args.images, entries[found[name]])
+            if isinstance(source, bytes):
+                source = io.BytesIO(source)
+                source.name = name  # which an error tells
+            pictures.append(load_image(source, size))
+        return np.stack(pictures)
     return names, [captions[name] for name in names], get
 
 

@@ -8,114 +8,39 @@ For each split out_dir gets SPLIT_images.bin, SPLIT_tokens.bin, SPLIT_captions.b
 read_split) and SPLIT.jsonl, beside tokenizer.tiktoken and, written last, meta.json (load_meta). Other scripts read
 pictures and captions with load_image and read_captions from here, so that they are the same everywhere.
 """
-import argparse
 import array
-import base64
 import contextlib
 import csv
-import difflib
 import hashlib
-import heapq
 import io
 import itertools
 import json
 import os
 import pickle
 import re
-import shutil
 import signal
 import struct
-import sys
 import tarfile
 import time
-import unicodedata
 import warnings
 import zipfile
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
-import requests
 import tiktoken
 from PIL import Image, ImageOps
+
+from bpe import GPT2_PATTERN, make_tokenizer, ranks_to_text, text_to_ranks, train_bpe
+from common import Parser, UserError, atomic_write, download, progress, run
 
 SPLITS = "train", "val", "test"
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"  # as in tiktoken
 HUB = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
 FLICKR30K = {"train": 29000, "val": 1014, "test": 1000}  # pictures of Karpathy's split
-TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# options, errors and files, the same in every script
-
-
-class UserError(ValueError):
-    """A mistake of the user's, said in one line; run() prints it and exits with 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are one line that names the nearest right option."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message):
-        wrong = re.search(r"unrecognized arguments:.*?(-[^\s=]+)", message)
-        near = wrong and difflib.get_close_matches(wrong[1], self._option_string_actions, 1, 0.5)
-        hint = f" (did you mean {near[0]}?)" if near else " (--help lists the options)"
-        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
-
-
-def run(main):
-    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) in one
-    line and 1, an interrupt in one line and 130."""
-    try:
-        main()
-        return
-    except UserError as error:
-        message, code = f"error: {error}", 2
-    except OSError as error:
-        message, code = f"error: {error}", 1
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yields a binary file that takes path's name only once it is whole and on disk; after an error nothing is left."""
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
-
-
-def progress(what, done, total, began, first=0, unit=1):
-    """A line on stderr, rewritten in place on a terminal, elsewhere one in ten seconds. first: done at began."""
-    terminal, now = sys.stderr.isatty(), time.monotonic()
-    if now - max(progress.last, began) < (0.2 if terminal else 10) and not (terminal and done == total):
-        return
-    progress.last = now
-    rate = max(done - first, 1) / max(now - began, 1e-3)
-    line = (f"{what} {done / unit:,.0f} / {total / unit:,.0f}, {rate / unit:,.0f} a second, "
-            f"{(total - done) / rate:,.0f} seconds left")
-    end = "" if terminal and done < total else "\n"
-    print(f"\r{line:79}" if terminal else line, end=end, file=sys.stderr, flush=True)
-
-
-progress.last = 0.0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pictures
@@ -186,41 +111,27 @@ def list_images(source):
     return {path: entry for path, entry in sorted(entries.items()) if not re.search(r"(^|/)(__MACOSX/|\._)", path)}
 
 
-def read_entry(archive, entry):
-    """What load_image takes, for an entry of list_images: a worker needs no archive's directory, only its open file."""
-    if isinstance(entry, zipfile.ZipInfo):
-        archive.seek(entry.header_offset + 26)
-        archive.seek(sum(struct.unpack("<HH", archive.read(4))), 1)  # past the name and the extra field
+def read_entry(source, entry):
+    """What load_image takes, for an entry of list_images(source)."""
+    if isinstance(entry, (str, bytes)):
+        return entry
+    with open(source, "rb") as archive:
+        if isinstance(entry, tuple):
+            archive.seek(entry[0])
+            return archive.read(entry[1])
+        archive.seek(entry.header_offset + 26)  # past the local header's name and extra field: no directory is read
+        archive.seek(sum(struct.unpack("<HH", archive.read(4))), 1)
         with zipfile.ZipExtFile(archive, "r", entry) as file:
             return file.read()
-    if isinstance(entry, tuple):
-        archive.seek(entry[0])
-        return archive.read(entry[1])
-    return entry
-
-
-def channel_sums(image):
-    """uint8 (S, S, 3) -> float64 (2, 3): the channels' sums and sums of squares, exact, so their order can't matter."""
-    pixels = image.reshape(-1, 3).astype(np.float64)
-    return np.stack([pixels.sum(0), np.square(pixels).sum(0)])
 
 
 def decode(task):
-    """In a worker: loads pictures and writes each into its row. Returns [(error or None, channel_sums)] in order."""
-    source, size, items = task
-    results = []
-    with open(os.devnull if os.path.isdir(source) else source, "rb") as archive:
-        for binary, row, path, entry in items:
-            try:
-                image = load_image(read_entry(archive, entry), size)
-            except (UserError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-                results.append((str(error), 0))
-                continue
-            with open(binary, "r+b") as file:
-                file.seek(row * image.nbytes)
-                file.write(image)
-            results.append((None, channel_sums(image)))
-    return results
+    """In a worker: (source, entry, size) -> the picture, or the text of what is wrong with it."""
+    source, entry, size = task
+    try:
+        return load_image(read_entry(source, entry), size)
+    except (UserError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        return str(error)
 
 
 def ignore_interrupt():
@@ -231,58 +142,51 @@ def ignore_interrupt():
 def decode_all(source, entries, pictures, out_dir, size, workers):
     """Fills SPLIT_images.bin. pictures: {split: [path inside the source, ...]}, a row each.
 
-    Returns ({path: error}, train's channel sums). A picture that can't be read leaves no row.
+    Returns {path: error}. A picture that can't be read leaves no row.
     """
-    rows, errors, sums = {}, {}, np.zeros((2, 3))
-    for split, paths in pictures.items():
-        with open(f"{out_dir}/{split}_images.bin", "wb") as file:
-            file.truncate(len(paths) * size * size * 3)
-        rows.update({path: (f"{out_dir}/{split}_images.bin", row) for row, path in enumerate(paths)})
+    place = {path: (split, row) for split, paths in pictures.items() for row, path in enumerate(paths)}
 
-    def items():
+    def tasks():
         if None not in entries.values():
-            yield from ((*rows[path], path, entries[path]) for path in rows)
+            yield from ((path, entries[path]) for path in place)
             return
-        left = set(rows)
+        left = set(place)
         with tarfile.open(source, "r|*") as archive:  # compressed: one pass, in the archive's order
             for member in archive:
                 path = member.name.removeprefix("./")
                 if member.isfile() and path in left:
                     left.remove(path)
-                    yield *rows[path], path, archive.extractfile(member).read()
+                    yield path, archive.extractfile(member).read()
                 archive.members = []
 
-    stream, waiting, done, train, began = items(), deque(), 0, set(pictures["train"]), time.monotonic()
-    try:
-        with ProcessPoolExecutor(workers, initializer=ignore_interrupt) as pool:
-            while True:
-                # Few chunks are under way at a time, so that a compressed tar is not read into memory.
-                while len(waiting) <= 2 * workers and (chunk := list(itertools.islice(stream, 16))):
-                    waiting.append(([path for _, _, path, _ in chunk], pool.submit(decode, (source, size, chunk))))
-                if not waiting:
-                    break
-                paths, future = waiting.popleft()
-                for path, (error, picture_sums) in zip(paths, future.result()):
-                    if error:
-                        errors[path] = error
-                    elif path in train:
-                        sums += picture_sums
-                done += len(paths)
-                progress("pictures", done, len(rows), began)
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed (out of memory?): try --workers 1") from None
-
-    for split, paths in pictures.items():  # close the gaps that unreadable pictures left
-        good = [row for row, path in enumerate(paths) if path not in errors]
-        with open(f"{out_dir}/{split}_images.bin", "r+b") as file:
+    stream, errors, done, began, row_bytes = tasks(), {}, 0, time.monotonic(), size * size * 3
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context(open(f"{out_dir}/{split}_images.bin", "w+b")) for split in pictures}
+        pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=ignore_interrupt))
+        while batch := list(itertools.islice(stream, 256)):  # not all at once: a compressed tar would fill the memory
+            jobs = [(source, entry, size) for _, entry in batch]
+            try:
+                for (path, _), image in zip(batch, pool.map(decode, jobs, chunksize=4)):
+                    if isinstance(image, str):
+                        errors[path] = image
+                    else:
+                        split, row = place[path]
+                        files[split].seek(row * row_bytes)
+                        files[split].write(image)
+            except BrokenProcessPool:
+                raise OSError("a worker process was killed (out of memory?): try --workers 1") from None
+            done += len(batch)
+            progress("pictures", done, len(place), began)
+        for split, paths in pictures.items():  # close the gaps that unreadable pictures left
+            good = [row for row, path in enumerate(paths) if path not in errors]
             for new, old in enumerate(good):
                 if new != old:
-                    file.seek(old * size * size * 3)
-                    image = file.read(size * size * 3)
-                    file.seek(new * size * size * 3)
-                    file.write(image)
-            file.truncate(len(good) * size * size * 3)
-    return errors, sums
+                    files[split].seek(old * row_bytes)
+                    image = files[split].read(row_bytes)
+                    files[split].seek(new * row_bytes)
+                    files[split].write(image)
+            files[split].truncate(len(good) * row_bytes)
+    return errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,87 +322,33 @@ def json_rows(path, text, filled):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# tokenizer
+# a prepared folder
 
 
-def train_bpe(texts, vocab_size):
-    """Byte-level BPE (Sennrich et al. 2015, arXiv 1508.07909) over words split by GPT-2's pattern.
-
-    Returns list[bytes], the tokens by rank: the 256 bytes first, at most vocab_size - 1 in all (EOT comes on top);
-    fewer where no pair is left that occurs twice. A word is always split the way tiktoken splits it: a candidate is
-    the bytes that two neighbours make together, whichever two they are, and after each merge the words it touches are
-    merged again by rank, so that encoding gives the training's own tokens.
-    """
-    # GPT2_PATTERN for re, which has no \p{L}: \w is letters, numbers (\d and others) and the underscore. The others are
-    # only those that occur, for re is slow at large classes.
-    texts = list(texts)
-    other = "".join(c for c in sorted(set().union(*texts)) if unicodedata.category(c) in ("No", "Nl"))
-    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    split = re.compile(rf"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_{other}]+| ?[\d{other}]+| ?(?:[^{space}\w]|_)+"
-                       rf"|[{space}]+(?![^{space}])|[{space}]")
-    counted = Counter(word for text in texts for word in split.findall(text))
-    counts = list(counted.values())
-    pieces = [[bytes([byte]) for byte in word.encode()] for word in counted]
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    total, where = Counter(), defaultdict(set)  # candidate -> how often in the texts, in which words
-    for n, parts in enumerate(pieces):
-        for left, right in zip(parts, parts[1:]):
-            total[left + right] += counts[n]
-            where[left + right].add(n)
-    heap = [(-count, token) for token, count in total.items()]
-    heapq.heapify(heap)
-    while heap and len(ranks) < vocab_size - 1:
-        count, token = heapq.heappop(heap)
-        if token in ranks or -count != total[token] or -count < 2:  # known, out of date (a newer entry is there), rare
-            continue
-        ranks[token] = len(ranks)
-        changed = set()
-        for n in where.pop(token):
-            old = pieces[n]
-            new = pieces[n] = apply_merges(old, ranks)
-            if new != old:
-                for parts, sign in ((old, -counts[n]), (new, counts[n])):
-                    for left, right in zip(parts, parts[1:]):
-                        total[left + right] += sign
-                        where[left + right].add(n)
-                        changed.add(left + right)
-        for token in changed - ranks.keys():
-            heapq.heappush(heap, (-total[token], token))
-    return list(ranks)
-
-
-def apply_merges(parts, ranks):
-    """tiktoken's rule: the two neighbours whose token has the lowest rank are merged, leftmost first, and so on."""
-    parts = list(parts)
-    while True:
-        rank, at = min(((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))),
-                       default=(len(ranks), 0))
-        if rank == len(ranks):
-            return parts
-        parts[at:at + 2] = [parts[at] + parts[at + 1]]
-
-
-def make_tokenizer(ranks, pattern=GPT2_PATTERN):
-    """list[bytes] by rank -> tiktoken.Encoding; <|endoftext|> (eot_token) is len(ranks)."""
-    return tiktoken.Encoding("nanocaption", pat_str=pattern, special_tokens={"<|endoftext|>": len(ranks)},
-                             mergeable_ranks={token: n for n, token in enumerate(ranks)})
-
-
-def ranks_to_text(ranks):
-    """list[bytes] by rank -> tiktoken's file format, as bytes: a line `base64 rank` each."""
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), n) for n, token in enumerate(ranks))
-
-
-def text_to_ranks(text):
-    """The inverse of ranks_to_text; UserError where ranks don't count up from 0 or a byte has no token."""
+def load_meta(data_dir):
+    """meta.json's dict: version, image_size, vocab_size (with EOT), pattern, tokenizer, mean and std (3 each, of train
+    pixels in 0..1, from at most 256 pictures), splits {name: {images, captions, tokens, longest}}, fingerprint, source. UserError without it."""
     try:
-        lines = [line.split() for line in text.splitlines() if line]
-        ranks = [base64.b64decode(token, validate=True) for token, _ in lines]
-        if [int(n) for _, n in lines] != list(range(len(lines))) or {bytes([b]) for b in range(256)} - set(ranks):
-            raise ValueError
-    except ValueError:
-        raise UserError("not tiktoken's file format: expected a line `base64 rank` for each rank from 0") from None
-    return ranks
+        with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
+            meta = json.load(file)
+            version = meta["version"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{data_dir}: no prepared data (no meta.json): make it with prepare_flickr.py") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{data_dir}/meta.json is damaged: prepare it again with --force") from None
+    if version != 1:
+        raise UserError(f"{data_dir}/meta.json has version {version}, expected 1: prepare it again with --force")
+    return meta
+
+
+def load_tokenizer(data_dir):
+    """The prepared folder's tiktoken.Encoding."""
+    meta = load_meta(data_dir)
+    try:
+        with open(f"{data_dir}/tokenizer.tiktoken", "rb") as file:
+            return make_tokenizer(text_to_ranks(file.read()), meta["pattern"])
+    except (FileNotFoundError, UserError) as error:
+        raise UserError(f"{data_dir}/tokenizer.tiktoken: {error}: prepare it again with --force") from None
 
 
 def read_tokenizer(source):
@@ -523,36 +373,6 @@ def read_tokenizer(source):
         return text_to_ranks(tokenizer["ranks"]), tokenizer["pattern"]
     except (KeyError, TypeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"--tokenizer {path}: not a checkpoint that holds a tokenizer: {error}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a prepared folder
-
-
-def load_meta(data_dir):
-    """meta.json's dict: version, image_size, vocab_size (with EOT), pattern, tokenizer, mean and std (3 each, of train
-    pixels in 0..1), splits {name: {images, captions, tokens, longest}}, fingerprint, source. UserError without it."""
-    try:
-        with open(f"{data_dir}/meta.json", encoding="utf-8") as file:
-            meta = json.load(file)
-            version = meta["version"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{data_dir}: no prepared data (no meta.json): make it with prepare_flickr.py") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{data_dir}/meta.json is damaged: prepare it again with --force") from None
-    if version != 1:
-        raise UserError(f"{data_dir}/meta.json has version {version}, expected 1: prepare it again with --force")
-    return meta
-
-
-def load_tokenizer(data_dir):
-    """The prepared folder's tiktoken.Encoding."""
-    meta = load_meta(data_dir)
-    try:
-        with open(f"{data_dir}/tokenizer.tiktoken", "rb") as file:
-            return make_tokenizer(text_to_ranks(file.read()), meta["pattern"])
-    except (FileNotFoundError, UserError) as error:
-        raise UserError(f"{data_dir}/tokenizer.tiktoken: {error}: prepare it again with --force") from None
 
 
 def read_split(data_dir, split):
@@ -599,26 +419,23 @@ def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192,
     """
     known = read_tokenizer(tokenizer)
     clear(out_dir)
-    sums = np.zeros((2, 3))
     for split, (names, captions, images) in splits.items():
+        count = 0
         with open(f"{out_dir}/{split}_images.bin", "wb") as file:
-            count = 0
-            for image in images:
+            for count, image in enumerate(images, 1):
                 if image.dtype != np.uint8 or image.shape != (image_size, image_size, 3):
                     raise ValueError(f"{split}: expected uint8 ({image_size}, {image_size}, 3), "
                                      f"got {image.dtype} {image.shape}")
                 file.write(np.ascontiguousarray(image))
-                sums += channel_sums(image) if split == "train" else 0
-                count += 1
         if not len(names) == len(captions) == count:
             raise ValueError(f"{split}: {len(names)} names, {len(captions)} lists of captions, {count} images")
     texts = {split: (names, captions) for split, (names, captions, _) in splits.items()}
-    return write_texts(out_dir, texts, sums, image_size, tokenizer, known, vocab_size, source)
+    return write_texts(out_dir, texts, image_size, tokenizer, known, vocab_size, source)
 
 
-def write_texts(out_dir, splits, sums, image_size, tokenizer, known, vocab_size, source):
-    """Everything but SPLIT_images.bin, meta.json last. splits: {split: (names, captions)}; sums: train's channel_sums;
-    known: read_tokenizer's answer."""
+def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, source):
+    """Everything but SPLIT_images.bin, meta.json last. splits: {split: (names, captions)}; known: read_tokenizer's
+    answer."""
     if not splits.get("train", ((), ()))[0]:
         raise UserError("the train split is empty: no pictures with captions")
     splits = {split: (names, [[" ".join(text.split()) for text in texts] for texts in captions])
@@ -649,85 +466,14 @@ def write_texts(out_dir, splits, sums, image_size, tokenizer, known, vocab_size,
                 file.write(data)
         meta["splits"][split] = {"images": len(names), "captions": len(starts) - 1, "tokens": len(tokens),
                                  "longest": int(np.diff(starts).max(initial=0))}
-    mean, square = sums / 255 ** np.array([[1], [2]]) / (len(splits["train"][0]) * image_size ** 2)
-    meta |= {"mean": mean.tolist(), "std": np.sqrt(square - mean ** 2).tolist(),
+    n = len(splits["train"][0])
+    images = np.memmap(f"{out_dir}/train_images.bin", np.uint8, "r", shape=(n, image_size ** 2, 3))
+    images = images[::-(-n // 256)] / 255  # 256 pictures tell mean and deviation well enough
+    meta |= {"mean": images.mean((0, 1)).tolist(), "std": images.std((0, 1)).tolist(),
              "fingerprint": fingerprint.hexdigest(), "source": source or {}}
     with atomic_write(f"{out_dir}/meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
     return meta
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# download
-
-
-def download(url, path):
-    """Fetches url into path, which appears only once it is whole; a path that exists is kept.
-
-    The bytes go to path.part, their ETag (or Last-Modified) to path.part.tag. After a broken connection or a restart
-    the rest is asked for, from the original address (what it redirects to may expire), if the file is still the same
-    (Range and If-Range, RFC 9110). After TRIES tries that get no further, or a status that waiting won't change, an
-    OSError.
-    """
-    part, tag, failures, best = f"{path}.part", f"{path}.part.tag", 0, 0
-    while not os.path.exists(path):
-        have, headers = 0, {"Accept-Encoding": "identity"}  # lengths and ranges shall be the file's own
-        if os.path.exists(part) and os.path.exists(tag):
-            with open(tag, encoding="latin-1") as file:
-                have, headers["If-Range"] = os.path.getsize(part), file.read()
-            headers["Range"] = f"bytes={have}-"
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
-                receive(reply, url, part, tag, have, headers.get("If-Range"))
-            os.replace(part, path)
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(tag)
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            size = os.path.getsize(part) if os.path.exists(part) else 0
-            best, failures = max(best, size), 0 if size > best else failures + 1
-            if failures == TRIES:
-                raise OSError(f"{url}: gave up ({error}); what came is kept, run it again to go on") from None
-            pause = min(WAIT * 2 ** failures, 60)
-            print(f"{os.path.basename(path)}: {error}; trying again in {pause:.0f} seconds", file=sys.stderr)
-            time.sleep(pause)
-
-
-def receive(reply, url, part, tag, have, same):
-    """Writes one reply's body behind the `have` bytes of part; `same` is the tag of the file that they came from."""
-    status, etag = reply.status_code, reply.headers.get("ETag", "W/")
-    validator = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag  # If-Range takes no weak ETag
-    span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
-    if status == 416 and span and int(span[2]) == have:
-        return  # the last try ended between the last byte and the new name
-    if status in (408, 425, 429) or status >= 500:
-        raise requests.ConnectionError(f"HTTP {status} {reply.reason}")
-    if status not in (200, 206, 416):
-        raise OSError(f"{url}: HTTP {status} {reply.reason}: give a mirror with --url, or put the file at "
-                      f"{part.removesuffix('.part')} yourself")
-    goes_on = status == 206 and span and span[1] == str(have) and validator in ("", same)
-    if not goes_on:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(tag)
-        if status != 200:
-            raise requests.ConnectionError("the file has changed, so from the beginning")
-        have = 0
-        open(part, "wb").close()
-    length = int(reply.headers.get("Content-Length", 0))  # 0: not told
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(part))).free
-    if length > free:
-        raise OSError(f"{url}: {length / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free: make room")
-    if validator:
-        with atomic_write(tag) as file:
-            file.write(validator.encode("latin-1"))
-    began, size, total = time.monotonic(), have, have + length
-    with open(part, "ab") as file:
-        for block in reply.iter_content(1 << 16):
-            size += file.write(block)
-            progress(f"{os.path.basename(part)}: MB", size, max(total, size), began, have, 10 ** 6)
-        file.flush()
-        os.fsync(file.fileno())
-    if length and size != total:
-        raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -893,7 +639,7 @@ def prepare(args):
                         f"{args.images} (such as {next(iter(entries), '')}), and none of those in train")
     check_skipped(args.out_dir, skipped, "caption", n_captions, args.allow_missing)
     clear(args.out_dir)
-    errors, sums = decode_all(args.images, entries, pictures, args.out_dir, args.image_size, args.workers)
+    errors = decode_all(args.images, entries, pictures, args.out_dir, args.image_size, args.workers)
     skipped += [("picture", f"{path}: {error}") for path, error in errors.items()]
     check_skipped(args.out_dir, skipped, "picture", len(texts) + len(unknown), args.allow_missing)
 
@@ -903,7 +649,7 @@ def prepare(args):
     pictures = {split: [path for path in paths if path not in errors] for split, paths in pictures.items()}
     meta = write_texts(args.out_dir, {split: ([names[path] for path in paths], [texts[path] for path in paths])
                                       for split, paths in pictures.items() if paths},
-                       sums, args.image_size, args.tokenizer, known, args.vocab_size, source)
+                       args.image_size, args.tokenizer, known, args.vocab_size, source)
     for split, n in meta["splits"].items():
         print(f"{split}: {n['images']:,} pictures, {n['captions']:,} captions, {n['tokens']:,} tokens, "
               f"at most {n['longest']} a caption")

@@ -21,8 +21,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from bpe import make_tokenizer, text_to_ranks
+from common import Parser, UserError, run
 from model import Captioner, ModelOptions
-from prepare_flickr import Parser, UserError, load_image, make_tokenizer, read_records, read_split, run, text_to_ranks
+from prepare_flickr import load_image, read_records, read_split
 
 VERSION = 1  # of the checkpoint's layout
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # what is looked for in a folder

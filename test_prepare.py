@@ -20,7 +20,10 @@ import regex
 import tiktoken
 from PIL import Image
 
+import bpe
+import common
 import prepare_flickr as pf
+from common import UserError
 
 SHARED = Path(__file__).parent.parent / "shared"
 FORMATS = SHARED / "formats"
@@ -43,7 +46,7 @@ def call(capsys, *args):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare_flickr.py", *map(str, args)])
         try:
-            pf.run(pf.main)
+            common.run(pf.main)
         except SystemExit as end:
             code = end.code
     captured = capsys.readouterr()
@@ -202,7 +205,7 @@ def test_malformed_lines_are_listed(tmp_path):
         assert len(skipped) == {"a": 1, "b": 2, "c": 1, "d": 4}[name[0]], skipped
         where = "record 2" if name[0] == "d" else "line 2" if name[0] == "a" else "line 3"
         assert skipped[0].startswith(f"{tmp_path / name}, {where}: ")
-        with pytest.raises(pf.UserError, match=where):
+        with pytest.raises(UserError, match=where):
             pf.read_captions(tmp_path / name)
 
 
@@ -223,7 +226,7 @@ def test_a_quoted_caption_may_hold_line_ends(tmp_path):
 ])
 def test_unusable_caption_files(tmp_path, data, message):
     (tmp_path / "file").write_bytes(data)
-    with pytest.raises(pf.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         pf.read_captions(tmp_path / "file")
 
 
@@ -311,12 +314,12 @@ def test_unreadable_pictures_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "cut.jpg").write_bytes(good[:len(good) // 2])
     (tmp_path / "text.jpg").write_text("not a picture\n")
     for source in (tmp_path / "cut.jpg", tmp_path / "text.jpg", tmp_path / "none.jpg", tmp_path, b"", io.BytesIO(b"x")):
-        with pytest.raises(pf.UserError, match="not a readable picture: .") as error:
+        with pytest.raises(UserError, match="not a readable picture: .") as error:
             pf.load_image(source, 8)
         assert "\n" not in str(error.value)
         assert not isinstance(source, Path) or str(error.value).startswith(str(source))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(pf.UserError, match="decompression bomb"):
+    with pytest.raises(UserError, match="decompression bomb"):
         pf.load_image(good, 8)
 
 
@@ -440,7 +443,7 @@ def test_an_interrupted_run_leaves_no_meta(source, capsys, monkeypatch):
 
 def test_atomic_write_keeps_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(ZeroDivisionError), pf.atomic_write(tmp_path / "file") as file:
+    with pytest.raises(ZeroDivisionError), common.atomic_write(tmp_path / "file") as file:
         file.write(b"new")
         1 / 0
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
@@ -479,7 +482,7 @@ def test_write_dataset(tmp_path):
     assert pf.read_records(tmp_path, "val") == [{"image": "c", "captions": ["four"]}]
     with pytest.raises(ValueError, match="expected uint8"):
         pf.write_dataset(tmp_path, {"train": (["a"], [["x"]], [np.zeros((8, 9, 3), np.uint8)])}, 8)
-    with pytest.raises(pf.UserError, match="no meta.json"):
+    with pytest.raises(UserError, match="no meta.json"):
         pf.load_meta(tmp_path)
 
 
@@ -489,10 +492,10 @@ def test_write_dataset(tmp_path):
 
 def reference_bpe(texts, vocab_size):
     """The definition, slowly: after each token, tiktoken itself encodes every word, and all pairs are counted anew."""
-    words = Counter(word for text in texts for word in regex.findall(pf.GPT2_PATTERN, text))
+    words = Counter(word for text in texts for word in regex.findall(bpe.GPT2_PATTERN, text))
     ranks = [bytes([b]) for b in range(256)]
     while len(ranks) < vocab_size - 1:
-        encoding, pairs = pf.make_tokenizer(ranks), Counter()
+        encoding, pairs = bpe.make_tokenizer(ranks), Counter()
         for word, count in words.items():
             parts = encoding.decode_tokens_bytes(encoding.encode_ordinary(word))
             for left, right in zip(parts, parts[1:]):
@@ -509,11 +512,11 @@ def test_bpe_is_its_definition():
     rng = random.Random(0)
     nouns = ["dog", "dogs", "doggo", "banana", "bandana", "running", "ran", "it's", "they're", "2012", "!!", "crème"]
     captions = [" ".join(rng.choices(nouns, k=6)) for _ in range(40)]
-    assert pf.train_bpe(captions, 340) == reference_bpe(captions, 340)
+    assert bpe.train_bpe(captions, 340) == reference_bpe(captions, 340)
     for seed in range(8):  # few letters: overlapping pairs, and tokens that can be made in many ways
         rng = random.Random(seed)
         texts = ["".join(rng.choices("aab ", k=rng.randint(1, 30))) for _ in range(30)]
-        assert pf.train_bpe(texts, 300) == reference_bpe(texts, 300), seed
+        assert bpe.train_bpe(texts, 300) == reference_bpe(texts, 300), seed
 
 
 def test_bpe_splits_as_the_pattern_says_on_any_unicode():
@@ -523,20 +526,20 @@ def test_bpe_splits_as_the_pattern_says_on_any_unicode():
              if unicodedata.category(chr(c)) not in ("Cn", "Cs") and regex.fullmatch(r"\P{Cn}", chr(c))]
     likely = " \t\n'\u00a0\u2028_-.9aé²½Ⅷ一\x1c\x85"
     texts = ["".join(rng.choice(known if rng.random() < .3 else likely) for _ in range(25)) for _ in range(60)]
-    learned = pf.train_bpe(texts * 2, 65536)
-    encoding = pf.make_tokenizer(learned)
-    for word in (word for text in texts for word in regex.findall(pf.GPT2_PATTERN, text)):
+    learned = bpe.train_bpe(texts * 2, 65536)
+    encoding = bpe.make_tokenizer(learned)
+    for word in (word for text in texts for word in regex.findall(bpe.GPT2_PATTERN, text)):
         assert len(encoding.encode_ordinary(word)) == 1, repr(word)
-    whole = {word.encode() for text in texts for word in regex.findall(pf.GPT2_PATTERN, text)}
+    whole = {word.encode() for text in texts for word in regex.findall(bpe.GPT2_PATTERN, text)}
     assert all(any(token in word for word in whole) for token in learned[256:])
 
 
 @pytest.mark.skipif(not (SHARED / "flickr8k").exists(), reason=f"no Flickr8k at {SHARED}")
 def test_bpe_on_flickr8k_encodes_any_text():
     texts = [text for _, text, _ in pf.read_captions(SHARED / "flickr8k" / "Flickr8k.token.txt")][:5000]
-    ranks = pf.train_bpe(texts, 2000)
-    encoding = pf.make_tokenizer(ranks)
-    assert len(ranks) == 1999 and len(set(ranks)) == 1999 and pf.text_to_ranks(pf.ranks_to_text(ranks)) == ranks
+    ranks = bpe.train_bpe(texts, 2000)
+    encoding = bpe.make_tokenizer(ranks)
+    assert len(ranks) == 1999 and len(set(ranks)) == 1999 and bpe.text_to_ranks(bpe.ranks_to_text(ranks)) == ranks
     assert all(encoding.decode(encoding.encode_ordinary(text)) == text for text in texts + CAPTIONS["2_x.jpg"])
     assert encoding.eot_token not in encoding.encode_ordinary("<|endoftext|>")
     assert np.mean([len(encoding.encode_ordinary(text)) for text in texts]) < 15  # 54 bytes, 11.5 words
@@ -614,7 +617,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def mirror(monkeypatch):
-    monkeypatch.setattr(pf, "WAIT", 0.001)
+    monkeypatch.setattr(common, "WAIT", 0.001)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
         server.handle_error = lambda *_: None  # a client that hangs up is what some tests are about
@@ -634,7 +637,7 @@ def mirror(monkeypatch):
 ])
 def test_download_survives(mirror, tmp_path, script, requests):
     mirror.script[:] = script
-    pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+    common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == mirror.files["/file"]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert len(mirror.seen) == requests
@@ -646,19 +649,19 @@ def test_download_survives(mirror, tmp_path, script, requests):
 
 
 def test_download_goes_on_after_a_restart(mirror, tmp_path, monkeypatch):
-    monkeypatch.setattr(pf, "TRIES", 1)
+    monkeypatch.setattr(common, "TRIES", 1)
     mirror.script[:] = ["drop", "500"]
     with pytest.raises(OSError, match="what came is kept"):
-        pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+        common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     assert not (tmp_path / "file").exists() and (tmp_path / "file.part").exists()
-    pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+    common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == mirror.files["/file"] and mirror.seen[-1][1]
     # Whole, but killed before it had its name; and a download that is there is not asked for.
     (tmp_path / "file").rename(tmp_path / "file.part")
     (tmp_path / "file.part.tag").write_text(f'"{hash(mirror.files["/file"])}"')
-    pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+    common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     n = len(mirror.seen)
-    pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+    common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == mirror.files["/file"] and len(mirror.seen) == n
 
 
@@ -666,19 +669,19 @@ def test_download_goes_on_after_a_restart(mirror, tmp_path, monkeypatch):
 def test_download_is_refused_at_once(mirror, tmp_path, status):
     mirror.script[:] = [status]
     with pytest.raises(OSError, match=f"HTTP {status}.*--url"):
-        pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+        common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     assert len(mirror.seen) == 1 and not list(tmp_path.iterdir())
 
 
 def test_download_gives_up(mirror, tmp_path, monkeypatch):
     mirror.script[:] = ["503"] * 100
     with pytest.raises(OSError, match="gave up.*503"):
-        pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
-    assert len(mirror.seen) == pf.TRIES
+        common.download(f"{mirror.url}/file", str(tmp_path / "file"))
+    assert len(mirror.seen) == common.TRIES
     mirror.script.clear()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match="make room"):
-        pf.download(f"{mirror.url}/file", str(tmp_path / "file"))
+        common.download(f"{mirror.url}/file", str(tmp_path / "file"))
 
 
 def test_flickr30k_from_a_mirror(mirror, source, capsys, monkeypatch):
@@ -747,14 +750,14 @@ def test_the_command_itself(source):
 
 
 def test_a_folder_that_is_not_prepared(tmp_path):
-    with pytest.raises(pf.UserError, match="no prepared data"):
+    with pytest.raises(UserError, match="no prepared data"):
         pf.load_meta(tmp_path / "none")
     pf.write_dataset(tmp_path, {"train": (["a"], [["x y"]], [np.zeros((8, 8, 3), np.uint8)])}, 8)
-    with pytest.raises(pf.UserError, match="no split 'val': it has train"):
+    with pytest.raises(UserError, match="no split 'val': it has train"):
         pf.read_split(tmp_path, "val")
     (tmp_path / "train_images.bin").write_bytes(b"short")
-    with pytest.raises(pf.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         pf.read_split(tmp_path, "train")
     (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(pf.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         pf.load_meta(tmp_path)

@@ -26,10 +26,11 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from common import Parser, UserError, atomic_write, run
 from evaluate import cider, cider_references, tokenize
 from model import Captioner, ModelOptions, pack
-from prepare_flickr import Parser, UserError, atomic_write, load_meta, load_tokenizer, read_records, read_split, run
-from sample import VERSION, build, pick_device, read_checkpoint
+from prepare_flickr import load_meta, load_tokenizer, read_records, read_split
+from sample import VERSION, pick_device, read_checkpoint
 
 
 @dataclass

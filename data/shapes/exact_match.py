@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the other scripts lie in the repository's root
-from prepare_flickr import Parser, UserError, load_meta, read_records, read_split, run
+from common import Parser, UserError, run
+from prepare_flickr import load_meta, read_records, read_split
 from sample import caption_images, draw_sheet, load, read_checkpoint
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # prepare_flickr.py lies in the repository's root
-from prepare_flickr import Parser, UserError, load_meta, run, write_dataset
+from common import Parser, UserError, run
+from prepare_flickr import load_meta, write_dataset
 
 COUNTS = {1: "a", 2: "two", 3: "three"}
 SIZES = {"small": (0.09, 0.1), "large": (0.16, 0.18)}  # half an object's height, of the picture's

@@ -1,0 +1,147 @@
+"""What every script shares: one line for a user's mistake, files that are whole or not there, progress, downloads."""
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import shutil
+import sys
+import time
+
+import requests
+
+TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
+
+
+class UserError(ValueError):
+    """A mistake of the user's, said in one line; run() prints it and exits with 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line that names the nearest right option."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        wrong = re.search(r"unrecognized arguments:.*?(-[^\s=]+)", message)
+        near = wrong and difflib.get_close_matches(wrong[1], self._option_string_actions, 1, 0.5)
+        hint = f" (did you mean {near[0]}?)" if near else " (--help lists the options)"
+        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
+
+
+def run(main):
+    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) in one
+    line and 1, an interrupt in one line and 130."""
+    try:
+        main()
+        return
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except OSError as error:
+        message, code = f"error: {error}", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yields a binary file that takes path's name only once it is whole and on disk; after an error nothing is left."""
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def progress(what, done, total, began, first=0, unit=1):
+    """A line on stderr, rewritten in place on a terminal, elsewhere one in ten seconds. first: done at began."""
+    terminal, now = sys.stderr.isatty(), time.monotonic()
+    if now - max(progress.last, began) < (0.2 if terminal else 10) and not (terminal and done == total):
+        return
+    progress.last = now
+    rate = max(done - first, 1) / max(now - began, 1e-3)
+    line = (f"{what} {done / unit:,.0f} / {total / unit:,.0f}, {rate / unit:,.0f} a second, "
+            f"{(total - done) / rate:,.0f} seconds left")
+    end = "" if terminal and done < total else "\n"
+    print(f"\r{line:79}" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+
+progress.last = 0.0
+
+
+def download(url, path):
+    """Fetches url into path, which appears only once it is whole; a path that exists is kept.
+
+    The bytes go to path.part, their ETag (or Last-Modified) to path.part.tag. After a broken connection or a restart
+    the rest is asked for, from the original address (what it redirects to may expire), if the file is still the same
+    (Range and If-Range, RFC 9110). After TRIES tries that get no further, or a status that waiting won't change, an
+    OSError.
+    """
+    part, tag, failures, best = f"{path}.part", f"{path}.part.tag", 0, 0
+    while not os.path.exists(path):
+        have, headers = 0, {"Accept-Encoding": "identity"}  # lengths and ranges shall be the file's own
+        if os.path.exists(part) and os.path.exists(tag):
+            with open(tag, encoding="latin-1") as file:
+                have, headers["If-Range"] = os.path.getsize(part), file.read()
+            headers["Range"] = f"bytes={have}-"
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as reply:
+                receive(reply, url, part, tag, have, headers.get("If-Range"))
+            os.replace(part, path)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(tag)
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            size = os.path.getsize(part) if os.path.exists(part) else 0
+            best, failures = max(best, size), 0 if size > best else failures + 1
+            if failures == TRIES:
+                raise OSError(f"{url}: gave up ({error}); what came is kept, run it again to go on") from None
+            pause = min(WAIT * 2 ** failures, 60)
+            print(f"{os.path.basename(path)}: {error}; trying again in {pause:.0f} seconds", file=sys.stderr)
+            time.sleep(pause)
+
+
+def receive(reply, url, part, tag, have, same):
+    """Writes one reply's body behind the `have` bytes of part; `same` is the tag of the file that they came from."""
+    status, etag = reply.status_code, reply.headers.get("ETag", "W/")
+    validator = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag  # If-Range takes no weak ETag
+    span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", reply.headers.get("Content-Range", ""))
+    if status == 416 and span and int(span[2]) == have:
+        return  # the last try ended between the last byte and the new name
+    if status in (408, 425, 429) or status >= 500:
+        raise requests.ConnectionError(f"HTTP {status} {reply.reason}")
+    if status not in (200, 206, 416):
+        raise OSError(f"{url}: HTTP {status} {reply.reason}: give a mirror with --url, or put the file at "
+                      f"{part.removesuffix('.part')} yourself")
+    goes_on = status == 206 and span and span[1] == str(have) and validator in ("", same)
+    if not goes_on:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(tag)
+        if status != 200:
+            raise requests.ConnectionError("the file has changed, so from the beginning")
+        have = 0
+        open(part, "wb").close()
+    length = int(reply.headers.get("Content-Length", 0))  # 0: not told
+    free = shutil.disk_usage(os.path.dirname(os.path.abspath(part))).free
+    if length > free:
+        raise OSError(f"{url}: {length / 1e9:.1f} GB to come, {free / 1e9:.1f} GB free: make room")
+    if validator:
+        with atomic_write(tag) as file:
+            file.write(validator.encode("latin-1"))
+    began, size, total = time.monotonic(), have, have + length
+    with open(part, "ab") as file:
+        for block in reply.iter_content(1 << 16):
+            size += file.write(block)
+            progress(f"{os.path.basename(part)}: MB", size, max(total, size), began, have, 10 ** 6)
+        file.flush()
+        os.fsync(file.fileno())
+    if length and size != total:
+        raise requests.ConnectionError(f"{size:,} of {total:,} bytes came")
