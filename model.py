@@ -302,9 +302,10 @@ class HeadLoss(torch.autograd.Function):
     hidden @ weight.T with label smoothing (arXiv 1512.00567), mixed with the teacher's distribution as in ALBEF (arXiv 2107.07651):
     (1 - alpha) · CE(smoothed targets) + alpha · CE(softmax(soft_hidden @ soft_weight.T)), summed over tokens.
     hidden (n, C), weight (V, C), targets int64 (n,) -> the loss, and the plain cross-entropy in nats, which has no gradient.
+    factor: None, or float (n,), by which each token's part of the loss (not of the cross-entropy) is multiplied.
     """
     @staticmethod
-    def forward(ctx, hidden, weight, targets, soft_hidden, soft_weight, alpha, smoothing):
+    def forward(ctx, hidden, weight, targets, factor, soft_hidden, soft_weight, alpha, smoothing):
         V, needs_gradient = len(weight), any(ctx.needs_input_grad)
         alpha = 0.0 if soft_hidden is None else alpha
         chunk = max((2**21 if hidden.device.type == "cpu" else 2**26) // V, 1)
@@ -321,7 +322,8 @@ class HeadLoss(torch.autograd.Function):
             if soft_hidden is not None:
                 soft = F.linear(soft_hidden[i:i + chunk], soft_weight).float().softmax(1)
                 goal = (1 - alpha) * goal + alpha * (soft * logits).sum(1, keepdim=True)
-            loss += (log_total - goal).sum()
+            f = 1 if factor is None else factor[i:i + chunk, None]
+            loss += ((log_total - goal) * f).sum()
             ce += (log_total - at_target).sum()
             if needs_gradient:  # of a logit: probability - target
                 if soft_hidden is not None:
@@ -329,7 +331,7 @@ class HeadLoss(torch.autograd.Function):
                 if smoothing:
                     p -= (1 - alpha) * smoothing / V
                 p.scatter_add_(1, target, torch.full_like(at_target, -(1 - alpha) * (1 - smoothing)))
-                p = p.to(h.dtype)
+                p = (p if factor is None else p.mul_(f)).to(h.dtype)
                 d_hidden[i:i + chunk] = p @ weight
                 d_weight.addmm_(p.T, h)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -339,7 +341,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None, None, None, None
+        return d_hidden * d_loss, d_weight * d_loss, None, None, None, None, None, None
 
 
 head_loss = torch.compiler.disable(HeadLoss.apply)
@@ -407,7 +409,8 @@ class Captioner(nn.Module):
     def forward(self, images, captions, teacher=None, alpha=0.0, smoothing=0.0):
         """
         images (B, S, S, 3), captions from pack -> two sums over the n tokens: the training loss (see HeadLoss) and the
-        plain cross-entropy in nats. teacher: a Captioner whose distribution has the weight alpha in the loss.
+        plain cross-entropy in nats. teacher: a Captioner whose distribution has the weight alpha in the loss. Where captions
+        hold a factor, float (n,), each token's loss is multiplied by it.
         """
         targets = captions["targets"]
         inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
@@ -415,7 +418,7 @@ class Captioner(nn.Module):
         if teacher is not None and alpha:
             with torch.no_grad():
                 soft = teacher.hidden(images, **inputs), teacher.wte.weight
-        return head_loss(self.hidden(images, **inputs), self.wte.weight, targets, *soft, alpha, smoothing)
+        return head_loss(self.hidden(images, **inputs), self.wte.weight, targets, captions.get("factor"), *soft, alpha, smoothing)
 
     # ---- generation
 

@@ -127,9 +127,11 @@ def draw_sheet(path, images, texts, columns=4, size=200):
             line = ""
             for word in paragraph.split(" "):
                 if line and font.getlength(f"{line} {word}") > size:
-                    lines, line = [*lines, line], word
-                else:
-                    line = f"{line} {word}" if line else word
+                    lines, line = [*lines, line], ""
+                line = f"{line} {word}" if line else word
+                while font.getlength(line) > size:  # one long word
+                    n = max(n for n in range(1, len(line)) if font.getlength(line[:n]) <= size or n == 1)
+                    lines, line = [*lines, line[:n]], line[n:]
             lines.append(line)
         return lines
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common import Parser, UserError, atomic_write, run
-from evaluate import cider, cider_references, tokenize
+from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import Captioner, ModelOptions, pack
 from prepare_flickr import load_meta, load_tokenizer, read_records, read_split
 from sample import VERSION, pick_device, read_checkpoint
@@ -52,6 +52,7 @@ class Options(ModelOptions):
     smoothing: float = 0.0            # label smoothing
     alpha: float = 0.0                # weight of the teacher's distribution in the loss, ramped up over the first epoch
     momentum: float = 0.999           # of the teacher, an exponential moving average of the weights
+    samples: int = 0                  # 2 or more: self-critical training, so many sampled captions a picture instead of people's
     # optimizer
     optimizer: str = "adamw"          # "adamw", or "muon" for the matrices of the blocks and AdamW for the rest
     learning_rate: float = 1e-3       # AdamW's
@@ -98,11 +99,13 @@ def read_options(argv):
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(options, name)!r}")
     for name, (low, high) in dict(
             batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
-            smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), learning_rate=(0, 1e3), muon_lr=(0, 1e3), weight_decay=(0, 1e3),
+            smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3), weight_decay=(0, 1e3),
             beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
             log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1)).items():
         if not low <= getattr(options, name) <= high:
             raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(options, name)}")
+    if options.samples == 1 or options.samples and (options.alpha or options.smoothing):
+        raise UserError("self-critical training compares samples of one picture: samples must be 2 or more, alpha and smoothing 0")
     if not options.max_iters and not options.max_minutes:
         raise UserError("nothing says when to stop: give --max_iters or --max_minutes, or a config that does")
     try:
@@ -179,6 +182,31 @@ def augment(images, seeds, may_flip, options):
 def says_side(captions):
     """Whether a mirror image would make one of these captions untrue."""
     return any(re.search(r"\b(left|right)\b", text, re.IGNORECASE) for text in captions)
+
+
+# ---- self-critical training
+
+def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
+    """
+    Self-critical sequence training (SCST, arXiv 1612.00563): k captions sampled for each picture, packed (see model.pack),
+    with a factor for each token: how much better the caption's CIDEr-D is than the mean of the picture's other samples
+    (arXiv 2003.09971), so that cross-entropy times factor is minus the reward's gradient. references: texts for each picture;
+    frequencies: of n-grams in the training captions. The end counts as a word, or captions would stop in "on a". Returns the
+    packed captions and the k · B rewards.
+    """
+    model.eval()
+    words = [caption for captions in model.sample(images, k, min_tokens=0, seed=seed) for caption, _ in captions]
+    model.train()
+    ended = lambda text: tokenize(text) + ["<end>"]
+    refs = cider_references([[ended(text) for text in texts] for texts in references], frequencies)[1]
+    refs = [ref for ref in refs for _ in range(k)]
+    rewards = torch.tensor(cider([ended(tokenizer.decode(w)) for w in words], (frequencies, refs))[1])
+    better = (rewards.view(-1, k) - rewards.view(-1, k).mean(1, keepdim=True)).flatten() * k / (k - 1)
+    captions = pack([words[i:i + k] for i in range(0, len(words), k)], model.eot_token, model.longest)
+    lengths = torch.tensor([len(w) + 1 for w in words])
+    captions["factor"] = better.repeat_interleave(lengths)
+    captions["factor"][lengths.cumsum(0)[lengths == model.longest] - 1] = 0  # an end at the longest was forced, not chosen
+    return captions, rewards
 
 
 # ---- optimizer
@@ -349,7 +377,9 @@ def main():
     N = meta["splits"]["train"]["images"]
     references = [r["captions"] for r in read_records(options.data_dir, "val")][:options.eval_images]
     cider_refs = cider_references([[tokenize(text) for text in texts] for texts in references])
-    may_flip = np.array([not says_side(r["captions"]) for r in read_records(options.data_dir, "train")])
+    train_texts = [r["captions"] for r in read_records(options.data_dir, "train")]
+    may_flip = np.array([not says_side(texts) for texts in train_texts])
+    frequencies = document_frequencies([[tokenize(text) + ["<end>"] for text in texts] for texts in train_texts]) if options.samples else None
 
     # model, teacher, optimizers
     torch.manual_seed(options.seed)
@@ -428,7 +458,7 @@ def main():
         epochs = position // N
         orders = {epoch: orders[epoch] if epoch in orders else order(epoch) for epoch in set(epochs.tolist())}
         pictures = np.array([orders[e][p] for e, p in zip(epochs.tolist(), position % N)])
-        tokens = tokens_of[pictures].sum()  # of the global batch
+        tokens = options.samples * len(pictures) or tokens_of[pictures].sum()  # of the global batch: what the loss is the mean of
 
         scale = min((it + 1) / (options.warmup_iters + 1), 1)
         scale *= options.min_lr + (1 - options.min_lr) * (1 + math.cos(math.pi * done)) / 2
@@ -442,17 +472,21 @@ def main():
         for micro in range(options.grad_accum):
             mine = slice((micro * world + rank) * share, (micro * world + rank + 1) * share)
             images, captions = get_batch(options.data_dir, "train", pictures[mine], model.longest, model.eot_token)
-            images, captions = images.to(device), {k: v.to(device) for k, v in captions.items()}
+            images = images.to(device)
             if options.crop < 1 or options.flip:
                 seeds = [(options.seed, int(e), int(i)) for e, i in zip(epochs[mine], pictures[mine])]
                 images = augment(images, seeds, may_flip[pictures[mine]], options)
+            if options.samples:
+                captions, rewards = sample_captions(model, images, [train_texts[i] for i in pictures[mine]], frequencies, tokenizer,
+                                                    options.samples, hash((options.seed, it, micro, rank)))
+            captions = {k: v.to(device) for k, v in captions.items()}
             torch.manual_seed(hash((options.seed, it, micro, rank)))  # dropout
             last_micro = micro == options.grad_accum - 1
             with nullcontext() if world == 1 or last_micro else trained.no_sync():
                 with autocast:
                     loss, ce = forward(images, captions, teacher=teacher, alpha=alpha, smoothing=options.smoothing)
                 (loss * (world / tokens)).backward()  # DDP takes the ranks' mean
-            total += ce
+            total += -rewards.sum() if options.samples else ce  # what is logged
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
