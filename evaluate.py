@@ -327,6 +327,7 @@ def find_pictures(args):
 
 
 def print_table(result):
+    """Prints score_all's dict for people."""
     columns = {"CIDEr": "cider", "BLEU-1": "bleu1", "BLEU-2": "bleu2", "BLEU-3": "bleu3", "BLEU-4": "bleu4",
                "ROUGE-L": "rouge_l", "distinct": "distinct", "words": "mean_words"}
     rows = {"the model": result, "people*": result["human"], "another picture's caption": result["chance"],

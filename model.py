@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 @dataclass
 class ModelOptions:
+    """What a checkpoint's weights fit: the architecture's sizes and switches."""
     image_size: int = 128       # pixels a side that the encoder sees; pictures of other sizes are resized to it
     patch_size: int = 16        # pixels a side of one patch
     stem: str = "conv"          # how patches become vectors: "conv" (strided convolutions) or "patch" (one linear layer)
@@ -56,10 +57,12 @@ class ModelOptions:
 
     @property
     def n_patch(self):
+        """Patches of a picture."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def n_prefix(self):
+        """Places in front of the caption that the picture takes: the soft prompt's length, 0 without one."""
         return 0 if self.bridge == "cross" else self.n_query or self.n_patch
 
     @property
@@ -158,6 +161,8 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside: (..., C) -> (..., C)."""
+
     def __init__(self, n_embd):
         super().__init__()
         self.fc = nn.Linear(n_embd, 4 * n_embd)
@@ -181,6 +186,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
 
     def forward(self, x, keys_values=None, packing=None, cache=None, past=0):
+        """x, packing, cache, past: as in SelfAttention; keys_values: of the picture, from CrossAttention"""
         x = x + self.dropout(self.attention(self.norm1(x), packing, cache, past))
         if self.has_cross:
             x = x + self.dropout(self.cross_attend(self.norm_cross(x), keys_values, packing))

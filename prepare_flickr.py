@@ -246,6 +246,7 @@ def read_captions(path, skipped=None):
 
 
 def line_rows(pattern, filled):
+    """A line a caption: pattern's groups are the picture's name and the caption."""
     for where, line in filled:
         found = pattern.fullmatch(line)
         yield where, line, *(found.groups() if found else (None, None)), None
@@ -285,6 +286,7 @@ def csv_rows(path, lines):
 
 
 def json_rows(path, text, filled):
+    """JSON in any of the known layouts, or JSON lines."""
     try:
         data = json.loads(text)
     except ValueError as error:

@@ -35,6 +35,7 @@ from sample import VERSION, pick_device, read_checkpoint
 
 @dataclass
 class Options(ModelOptions):
+    """All that a config or the command line may set."""
     # where
     data_dir: str = "data/flickr8k"   # what prepare wrote
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
