@@ -215,7 +215,7 @@ def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
 class Muon(torch.optim.Optimizer):
     """
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
-    Newton-Schulz. torch.optim.Muon does that in bfloat16, one matrix at a time, which is slow on most CPUs: here all of one
+    a few matrix products. torch.optim.Muon does that in bfloat16, one matrix at a time, which is slow on most CPUs: here all of one
     shape go together, in float32 but for CUDA. A fused qkv or kv counts as the square matrices that it consists of.
     """
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
@@ -239,15 +239,22 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(update.view(-1, rows, columns)), alpha=-group["lr"])
 
 
-def orthogonalise(G, steps=5):
-    """(n, a, b) -> (n, a, b): nearly the nearest matrices whose singular values are all 1, by a quintic Newton-Schulz."""
+POLAR_EXPRESS = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518), (3.3184, -2.4885, 0.5100),
+                 (2.3007, -1.6689, 0.4188))
+
+
+def orthogonalise(G):
+    """
+    (n, a, b) -> (n, a, b): nearly the nearest matrices whose singular values are all 1, by a quintic iteration with the
+    coefficients of Polar Express (arXiv 2505.16932).
+    """
     X = G.bfloat16() if G.is_cuda else G.float()
     wide = G.size(1) <= G.size(2)
     X = X if wide else X.mT
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    X = X / (1.01 * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A²) X
     return (X if wide else X.mT).to(G.dtype)
 
 
