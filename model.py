@@ -350,7 +350,7 @@ class HeadLoss(torch.autograd.Function):
         return d_hidden * d_loss, d_weight * d_loss, None, None, None, None, None, None
 
 
-head_loss = torch.compiler.disable(HeadLoss.apply)
+head_loss = HeadLoss.apply
 
 
 # ---- the captioner

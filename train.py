@@ -407,8 +407,9 @@ def main():
                 group["peak"] = p
         it, seen, seconds, best, running = (checkpoint[k] for k in ("iter", "seen", "seconds", "best", "running"))
     del checkpoint
+    if options.compile:  # all but the head, which computes its own gradients
+        model.hidden, teacher.hidden = torch.compile(model.hidden), torch.compile(teacher.hidden)
     trained = DistributedDataParallel(model) if world > 1 else model
-    forward = torch.compile(trained) if options.compile else trained
 
     split = read_split(options.data_dir, "train")
     lengths = np.minimum(np.diff(split["captions"]), model.longest)  # (C,) tokens of a caption with its EOT
@@ -492,7 +493,7 @@ def main():
             last_micro = micro == options.grad_accum - 1
             with nullcontext() if world == 1 or last_micro else trained.no_sync():
                 with autocast:
-                    loss, ce = forward(images, captions, teacher=teacher, alpha=alpha, smoothing=options.smoothing)
+                    loss, ce = trained(images, captions, teacher=teacher, alpha=alpha, smoothing=options.smoothing)
                 (loss * (world / tokens)).backward()  # DDP takes the ranks' mean
             total += -rewards.sum() if options.samples else ce  # what is logged
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
