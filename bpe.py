@@ -1,6 +1,7 @@
-"""The tokenizer: byte-level BPE, learned from captions here and run by tiktoken."""
+"""The tokenizer: byte-level BPE, learned from captions here or taken over from a language model, and run by tiktoken."""
 import base64
 import heapq
+import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -58,8 +59,11 @@ def train_bpe(texts, vocab_size):
     return list(ranks)
 
 
-def apply_merges(parts, ranks):
-    """tiktoken's rule: the two neighbours whose token has the lowest rank are merged, leftmost first, and so on."""
+def apply_merges(parts, ranks, made=None):
+    """
+    tiktoken's rule: the two neighbours whose token has the lowest rank are merged, leftmost first, and so on. made: a set that
+    gets every token on the way.
+    """
     parts = list(parts)
     while True:
         rank, at = min(((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))),
@@ -67,6 +71,8 @@ def apply_merges(parts, ranks):
         if rank == len(ranks):
             return parts
         parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if made is not None:
+            made.add(parts[at])
 
 
 def make_tokenizer(ranks, pattern=GPT2_PATTERN):
@@ -90,3 +96,47 @@ def text_to_ranks(text):
     except ValueError:
         raise UserError("not tiktoken's file format: expected a line `base64 rank` for each rank from 0") from None
     return ranks
+
+
+def keep_used(ranks, pattern, texts):
+    """
+    list[bytes] by rank -> the ranks, int in order, of the tokens that the texts use, of all tokens on the way to them and of the
+    single bytes: with these alone the texts are encoded as before but for the numbers, and any other text still encodes.
+    """
+    encoding, order = make_tokenizer(ranks, pattern), {token: n for n, token in enumerate(ranks)}
+    used = {ranks[n] for n in set().union(*(encoding.encode_ordinary(text) for text in texts))}
+    kept = {bytes([byte]) for byte in range(256)} | used
+    for token in used:
+        apply_merges([bytes([byte]) for byte in token], order, kept)
+    return sorted(order[token] for token in kept)
+
+
+# GPT-2's pattern, and Falcon's: punctuation apart from the space before it, digits by threes.
+PATTERNS = {"ByteLevel": GPT2_PATTERN,
+            "Punctuation ByteLevel Digits Split": r"[!-/:-@\[-`{-~\p{P}]++|\p{Nd}{3}|\p{Nd}{1,2}|\p{N}++| ?\p{L}++"
+                                                  r"| ?[^\s\p{L}\p{N}\p{P}!-/:-@\[-`{-~]++|\s++$|\s+(?!\S)|\s"}
+
+
+def read_hub_tokenizer(path):
+    """
+    tokenizer.json of a byte-level BPE (GPT-2's, Falcon's) -> (list[bytes] by rank, pattern, their ids there with that of
+    <|endoftext|> last). UserError for a tokenizer of another kind.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # which stand for themselves; the others for 256, 257, ...
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.load(file)
+        split = data["pre_tokenizer"]
+        kinds = " ".join(part["type"] for part in split.get("pretokenizers", [split]))
+        vocab, special = data["model"]["vocab"], {token["content"]: token["id"] for token in data["added_tokens"]}
+        ids = {bytes(letters[c] for c in token): n for token, n in vocab.items() if token not in special}
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in data["model"]["merges"]]
+        made = [vocab[left + right] for left, right in merges]
+        if kinds not in PATTERNS or made != sorted(made) or {bytes([b]) for b in range(256)} - ids.keys():
+            raise ValueError(f"split by {kinds}")
+        ranks = sorted(ids, key=ids.get)
+        return ranks, PATTERNS[kinds], [*map(ids.get, ranks), special["<|endoftext|>"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a byte-level BPE as GPT-2's or Falcon's ({type(error).__name__}: {error})") from None

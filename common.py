@@ -78,8 +78,8 @@ def progress(what, done, total, began, first=0, unit=1):
 progress.last = 0.0
 
 
-def download(url, path):
-    """Fetches url into path, which appears only once it is whole; a path that exists is kept.
+def download(url, path, token=None):
+    """Fetches url into path, which appears only once it is whole; a path that exists is kept. token: sent to url's host alone.
 
     The bytes go to path.part, their ETag (or Last-Modified) to path.part.tag. After a broken connection or a restart
     the rest is asked for, from the original address (what it redirects to may expire), if the file is still the same
@@ -89,6 +89,8 @@ def download(url, path):
     part, tag, failures, best = f"{path}.part", f"{path}.part.tag", 0, 0
     while not os.path.exists(path):
         have, headers = 0, {"Accept-Encoding": "identity"}  # lengths and ranges shall be the file's own
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         if os.path.exists(part) and os.path.exists(tag):
             with open(tag, encoding="latin-1") as file:
                 have, headers["If-Range"] = os.path.getsize(part), file.read()
@@ -119,8 +121,11 @@ def receive(reply, url, part, tag, have, same):
     if status in (408, 425, 429) or status >= 500:
         raise requests.ConnectionError(f"HTTP {status} {reply.reason}")
     if status not in (200, 206, 416):
-        raise OSError(f"{url}: HTTP {status} {reply.reason}: give a mirror with --url, or put the file at "
-                      f"{part.removesuffix('.part')} yourself")
+        hint = "if it needs a login, set HF_TOKEN to your access token; " if status in (401, 403) else ""
+        error = OSError(f"{url}: HTTP {status} {reply.reason}: {hint}else take a mirror, or put the file at "
+                        f"{part.removesuffix('.part')} yourself")
+        error.status = status
+        raise error
     goes_on = status == 206 and span and span[1] == str(have) and validator in ("", same)
     if not goes_on:
         with contextlib.suppress(FileNotFoundError):

@@ -10,10 +10,25 @@ T places in a row (all captions of one picture, padded to the longest row), n re
 """
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+
+# Other people's architectures, by what they do differently from ours; pretrained.py has weights for them.
+OURS = dict(class_tokens=0, norm_first=False, norm_last=True, layer_scale=False, eps=1e-5, activation="gelu", bias=True,
+            n_head_kv=0, rotary=False, parallel=False)
+FAMILIES = {
+    "own": OURS,
+    "vit": {**OURS, "class_tokens": 1, "eps": 1e-12},                      # arXiv 2010.11929
+    "deit": {**OURS, "class_tokens": 2, "eps": 1e-12},                     # arXiv 2012.12877, with a distillation token
+    "dinov2": {**OURS, "class_tokens": 1, "eps": 1e-6, "layer_scale": True},  # arXiv 2304.07193
+    "clip": {**OURS, "class_tokens": 1, "norm_first": True, "norm_last": False, "activation": "quick_gelu"},  # arXiv 2103.00020
+    "gpt2": {**OURS, "activation": "gelu_tanh"},
+    "falcon": {**OURS, "n_head_kv": 1, "rotary": True, "parallel": True, "bias": False},  # arXiv 2311.16867
+}
 
 
 @dataclass
@@ -31,11 +46,15 @@ class ModelOptions:
     cross_every: int = 1        # cross-attention in every so many-th decoder block, the last one always
     block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
     dropout: float = 0.0        # on embeddings and on what each sub-layer adds
+    encoder_family: str = "own"  # whose architecture, see FAMILIES: own, vit, deit, dinov2, clip
+    decoder_family: str = "own"  # own, gpt2, falcon
+    n_embd_encoder: int = 0     # of the encoder, where it differs from the decoder's; 0: the same
+    n_head_encoder: int = 0
 
     def check(self):
         """Raises ValueError with one line for a combination that can't be built."""
-        for name in ("stem", "bridge"):
-            allowed = {"stem": ("conv", "patch"), "bridge": ("cross", "prefix", "both")}[name]
+        for name, allowed in dict(stem=("conv", "patch"), bridge=("cross", "prefix", "both"), decoder_family=("own", "gpt2", "falcon"),
+                                  encoder_family=("own", "vit", "deit", "dinov2", "clip")).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("image_size", "patch_size", "n_layer_encoder", "n_layer_decoder", "n_head", "n_embd", "cross_every"):
@@ -48,8 +67,9 @@ class ModelOptions:
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ValueError(f"stem 'conv' halves the picture again and again: patch_size must be a power of 2, not "
                              f"{self.patch_size} (or take stem 'patch')")
-        if self.n_embd % self.n_head or self.n_embd % 4:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head} and of 4")
+        for n_embd, n_head in ((self.n_embd, self.n_head), self.encoder_size):
+            if n_embd % n_head or n_embd % 4:
+                raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head} and of 4")
         if self.n_query < 0:
             raise ValueError(f"n_query must be 0 or more, not {self.n_query}")
         if self.block_size < self.n_prefix + 2:
@@ -63,7 +83,12 @@ class ModelOptions:
     @property
     def n_prefix(self):
         """Places in front of the caption that the picture takes: the soft prompt's length, 0 without one."""
-        return 0 if self.bridge == "cross" else self.n_query or self.n_patch
+        return 0 if self.bridge == "cross" else self.n_query or self.n_patch + FAMILIES[self.encoder_family]["class_tokens"]
+
+    @property
+    def encoder_size(self):
+        """The encoder's n_embd and n_head."""
+        return self.n_embd_encoder or self.n_embd, self.n_head_encoder or self.n_head
 
     @property
     def longest(self):
@@ -88,8 +113,9 @@ class Packing:
     Where the tokens of a packed batch lie. A row holds one picture's captions one after the other. Only attention needs
     rows (B, T), padded; all else runs on the real tokens alone (n, C), so that nothing is computed for padding.
     slot: int64 (n,), the token's place in the flattened rows. mask: bool (B, 1, T, T), True where a token may look.
+    position: int64 (B, T), a token's place in its caption, after the prefix.
     """
-    def __init__(self, slot, segment, n_prefix):
+    def __init__(self, slot, segment, position, n_prefix):
         B, T = segment.shape
         if n_prefix:  # P more places in front of each row: segment 0, which everyone may see
             segment = F.pad(segment, (n_prefix, 0))
@@ -97,11 +123,13 @@ class Packing:
             slot = slot + n_prefix * (slot // (T - n_prefix) + 1)
             front = torch.arange(B, device=slot.device)[:, None] * T + torch.arange(n_prefix, device=slot.device)
             slot = torch.cat([front.flatten(), slot])
+            position = torch.cat([torch.arange(n_prefix, device=slot.device).repeat(B), position + n_prefix])
         own = segment[:, :, None] == segment[:, None, :]  # (B, T, T)
         self.mask = own & torch.ones(T, T, dtype=torch.bool, device=slot.device).tril()
         self.mask[:, :, :n_prefix] = True
         self.mask = self.mask[:, None]
         self.slot, self.B, self.T = slot, B, T
+        self.position = position.new_zeros(B * T).index_copy(0, slot, position).view(B, T)
 
     def rows(self, x):
         """(n, C) -> (B, T, C), zeros at padding"""
@@ -112,28 +140,44 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.slot)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention (arXiv 1706.03762) over all that stands in a row, a packed batch or a cache."""
+def rotate(x, position):
+    """Rotary positions (RoFormer, arXiv 2104.09864): x (B, H, T, D), position (B, T) or (T,) -> x turned by position."""
+    frequency = 10000 ** (-torch.arange(0, x.size(-1), 2, device=x.device) / x.size(-1))
+    angle = (position[..., None] * frequency).unsqueeze(-3)  # (B or nothing, 1, T, D/2)
+    (a, b), cos, sin = x.float().chunk(2, dim=-1), angle.cos(), angle.sin()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-    def __init__(self, n_embd, n_head):
+
+class SelfAttention(nn.Module):
+    """
+    Multi-head self-attention (arXiv 1706.03762) over all that stands in a row, a packed batch or a cache. Some families
+    have fewer heads for keys and values than for queries (multi-query, arXiv 1911.02150).
+    """
+    def __init__(self, n_embd, n_head, family):
         super().__init__()
-        self.n_head = n_head
-        self.qkv = nn.Linear(n_embd, 3 * n_embd)
-        self.proj = nn.Linear(n_embd, n_embd)
+        self.rotary, D = family.rotary, n_embd // n_head
+        self.heads = n_head, family.n_head_kv or n_head, family.n_head_kv or n_head  # of q, k, v
+        self.qkv = nn.Linear(n_embd, sum(self.heads) * D, bias=family.bias)
+        self.proj = nn.Linear(n_embd, n_embd, bias=family.bias)
 
     def forward(self, x, packing=None, cache=None, past=0):
         """
         x: (B, T, C), each sees all; or packed tokens (n, C) with their packing; or the next T tokens with cache, a pair
-        of (B, H, L, D) that holds keys and values of `past` earlier tokens and takes those of x.
+        of (B, H of keys, L, D) that holds keys and values of `past` earlier tokens and takes those of x.
         """
         qkv = self.qkv(x)
         if packing:
             qkv = packing.rows(qkv)
-        q, k, v = (split_heads(part, self.n_head) for part in qkv.chunk(3, dim=-1))
+        D = qkv.size(-1) // sum(self.heads)
+        q, k, v = (split_heads(part, heads) for part, heads in zip(qkv.split([h * D for h in self.heads], dim=-1), self.heads))
+        if self.rotary:
+            position = packing.position if packing else torch.arange(past, past + x.size(1), device=x.device)
+            q, k = rotate(q, position), rotate(k, position)
         if cache is not None:
             end = past + x.size(1)
             cache[0][:, :, past:end], cache[1][:, :, past:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+        k, v = (t.expand(-1, q.size(1), -1, -1) if t.size(1) == 1 else t for t in (k, v))
         y = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=packing.mask if packing else None))
         return self.proj(packing.tokens(y) if packing else y)
 
@@ -141,15 +185,15 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of x over other vectors: words over the picture, or pooling queries over patches."""
 
-    def __init__(self, n_embd, n_head):
+    def __init__(self, n_embd, n_head, n_memory):
         super().__init__()
         self.n_head = n_head
         self.q = nn.Linear(n_embd, n_embd)
-        self.kv = nn.Linear(n_embd, 2 * n_embd)
+        self.kv = nn.Linear(n_memory, 2 * n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
     def keys_values(self, memory):
-        """memory (B, N, C) -> keys and values (B, H, N, D): computed once a picture, however many rows look at it"""
+        """memory (B, N, n_memory) -> keys and values (B, H, N, D): computed once a picture, however many rows look at it"""
         return [split_heads(part, self.n_head) for part in self.kv(memory).chunk(2, dim=-1)]
 
     def forward(self, x, keys_values, packing=None):
@@ -163,34 +207,50 @@ class CrossAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with a GELU between, four times as wide inside: (..., C) -> (..., C)."""
 
-    def __init__(self, n_embd):
+    def __init__(self, n_embd, family):
         super().__init__()
-        self.fc = nn.Linear(n_embd, 4 * n_embd)
-        self.proj = nn.Linear(4 * n_embd, n_embd)
+        self.fc = nn.Linear(n_embd, 4 * n_embd, bias=family.bias)
+        self.proj = nn.Linear(4 * n_embd, n_embd, bias=family.bias)
+        self.activation = family.activation
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x)))
+        x = self.fc(x)
+        if self.activation == "quick_gelu":
+            return self.proj(x * torch.sigmoid(1.702 * x))
+        return self.proj(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block, with cross-attention between self-attention and MLP where it is asked for."""
-
-    def __init__(self, options, cross=False):
+    """
+    A pre-norm transformer block, with cross-attention to vectors of size n_memory between self-attention and MLP where
+    there are any. A parallel block feeds attention and MLP the same norm, and the cross-attention stands before both.
+    """
+    def __init__(self, n_embd, n_head, family, dropout, n_memory=0):
         super().__init__()
-        C = options.n_embd
-        self.norm1, self.attention = nn.LayerNorm(C), SelfAttention(C, options.n_head)
-        if cross:
-            self.norm_cross, self.cross = nn.LayerNorm(C), CrossAttention(C, options.n_head)
-        self.norm2, self.mlp = nn.LayerNorm(C), MLP(C)
-        self.has_cross = cross
-        self.dropout = nn.Dropout(options.dropout)
+        self.norm1, self.attention = nn.LayerNorm(n_embd, family.eps), SelfAttention(n_embd, n_head, family)
+        if n_memory:
+            self.norm_cross, self.cross = nn.LayerNorm(n_embd, family.eps), CrossAttention(n_embd, n_head, n_memory)
+        if not family.parallel:
+            self.norm2 = nn.LayerNorm(n_embd, family.eps)
+        self.mlp = MLP(n_embd, family)
+        if family.layer_scale:
+            self.scale1, self.scale2 = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.ones(n_embd))
+        self.has_cross, self.parallel, self.layer_scale = n_memory > 0, family.parallel, family.layer_scale
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, keys_values=None, packing=None, cache=None, past=0):
         """x, packing, cache, past: as in SelfAttention; keys_values: of the picture, from CrossAttention"""
-        x = x + self.dropout(self.attention(self.norm1(x), packing, cache, past))
+        if self.parallel:
+            if self.has_cross:
+                x = x + self.dropout(self.cross_attend(self.norm_cross(x), keys_values, packing))
+            normed = self.norm1(x)
+            return x + self.dropout(self.attention(normed, packing, cache, past) + self.mlp(normed))
+        y = self.attention(self.norm1(x), packing, cache, past)
+        x = x + self.dropout(y * self.scale1 if self.layer_scale else y)
         if self.has_cross:
             x = x + self.dropout(self.cross_attend(self.norm_cross(x), keys_values, packing))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        y = self.mlp(self.norm2(x))
+        return x + self.dropout(y * self.scale2 if self.layer_scale else y)
 
     def cross_attend(self, x, keys_values, packing):
         if packing or x.size(0) == keys_values[0].size(0):
@@ -237,8 +297,8 @@ class ConvStem(nn.Sequential):
 class PatchStem(nn.Linear):
     """Patches by one linear layer on their pixels."""
 
-    def __init__(self, patch_size, n_embd):
-        super().__init__(3 * patch_size ** 2, n_embd)
+    def __init__(self, patch_size, n_embd, bias=True):
+        super().__init__(3 * patch_size ** 2, n_embd, bias)
         self.patch_size = patch_size
 
     def forward(self, images):
@@ -246,23 +306,34 @@ class PatchStem(nn.Linear):
 
 
 class Encoder(nn.Module):
-    """Normalised pictures (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling."""
+    """Normalised pictures (B, 3, S, S) -> (B, N, C), class tokens first where the family has any; (B, n_query, C) with pooling."""
 
     def __init__(self, options):
         super().__init__()
-        self.stem = {"conv": ConvStem, "patch": PatchStem}[options.stem](options.patch_size, options.n_embd)
-        grid = options.image_size // options.patch_size
-        self.register_buffer("positions", sincos_2d(grid, options.n_embd), persistent=False)
+        family, (C, n_head) = SimpleNamespace(**FAMILIES[options.encoder_family]), options.encoder_size
+        if options.stem == "conv":
+            self.stem = ConvStem(options.patch_size, C)
+        else:
+            self.stem = PatchStem(options.patch_size, C, bias=options.encoder_family != "clip")
+        if family.class_tokens:
+            self.class_tokens = nn.Parameter(torch.randn(family.class_tokens, C) * 0.02)
+            self.positions = nn.Parameter(torch.randn(family.class_tokens + options.n_patch, C) * 0.02)
+        else:
+            self.register_buffer("positions", sincos_2d(options.image_size // options.patch_size, C), persistent=False)
+        self.norm_first = nn.LayerNorm(C, family.eps) if family.norm_first else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
-        self.blocks = nn.ModuleList(Block(options) for _ in range(options.n_layer_encoder))
-        self.norm = nn.LayerNorm(options.n_embd)
+        self.blocks = nn.ModuleList(Block(C, n_head, family, options.dropout) for _ in range(options.n_layer_encoder))
+        self.norm = nn.LayerNorm(C, family.eps) if family.norm_last else nn.Identity()
         if options.n_query:
-            self.queries = nn.Parameter(torch.randn(options.n_query, options.n_embd) * 0.02)
-            self.pool = CrossAttention(options.n_embd, options.n_head)
-            self.norm_pool = nn.LayerNorm(options.n_embd)
+            self.queries = nn.Parameter(torch.randn(options.n_query, C) * 0.02)
+            self.pool = CrossAttention(C, n_head, C)
+            self.norm_pool = nn.LayerNorm(C)
 
     def forward(self, images):
-        x = self.dropout(self.stem(images) + self.positions)  # (B, N, C)
+        x = self.stem(images)
+        if hasattr(self, "class_tokens"):
+            x = torch.cat([self.class_tokens.expand(x.size(0), -1, -1), x], dim=1)
+        x = self.norm_first(self.dropout(x + self.positions))
         for block in self.blocks:
             x = block(x)
         x = self.norm(x)
@@ -368,14 +439,17 @@ class Captioner(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
         self.encoder = Encoder(options)
         self.wte = nn.Embedding(vocab_size, options.n_embd)
-        self.wpe = nn.Embedding(options.block_size, options.n_embd)
+        family = SimpleNamespace(**FAMILIES[options.decoder_family])
+        if not family.rotary:
+            self.wpe = nn.Embedding(options.block_size, options.n_embd)
         if options.n_prefix:
-            self.prefix = nn.Linear(options.n_embd, options.n_embd)
+            self.prefix = nn.Linear(options.encoder_size[0], options.n_embd)
         self.dropout = nn.Dropout(options.dropout)
         cross = [options.bridge != "prefix" and (options.n_layer_decoder - 1 - i) % options.cross_every == 0
                  for i in range(options.n_layer_decoder)]
-        self.blocks = nn.ModuleList(Block(options, cross=c) for c in cross)
-        self.norm = nn.LayerNorm(options.n_embd)
+        self.blocks = nn.ModuleList(Block(options.n_embd, options.n_head, family, options.dropout, options.encoder_size[0] if c else 0)
+                                    for c in cross)
+        self.norm = nn.LayerNorm(options.n_embd, family.eps)
         self.apply(self.init_weights)
         for name, p in self.named_parameters():  # GPT-2: what adds to the residual stream shrinks with depth
             if name.endswith("proj.weight"):
@@ -388,7 +462,7 @@ class Captioner(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def encode(self, images):
@@ -400,14 +474,18 @@ class Captioner(nn.Module):
         mean, std = (255 * t.view(1, 3, 1, 1) for t in (self.mean, self.std))
         return self.encoder((x - mean) / std)
 
+    def add_positions(self, x, position):
+        """x (..., C), position int64 (...) -> x with its places' embeddings; rotary models have none"""
+        return x + self.wpe(position) if hasattr(self, "wpe") else x
+
     def hidden(self, images, tokens, position, slot, segment):
         """Pictures and packed captions (see pack) -> (n, C), from which the head tells each next token."""
         P, memory = self.options.n_prefix, self.encode(images)
-        x = self.wte(tokens) + self.wpe(position + P)  # (n, C)
+        x = self.add_positions(self.wte(tokens), position + P)  # (n, C)
         if P:
-            x = torch.cat([(self.prefix(memory) + self.wpe.weight[:P]).flatten(0, 1), x])  # (B·P + n, C)
+            x = torch.cat([self.add_positions(self.prefix(memory), torch.arange(P, device=x.device)).flatten(0, 1), x])  # (B·P + n, C)
         x = self.dropout(x)
-        packing = Packing(slot, segment, P)
+        packing = Packing(slot, segment, position, P)
         for block in self.blocks:
             x = block(x, block.cross.keys_values(memory) if block.has_cross else None, packing)
         return self.norm(x[len(x) - len(tokens):])
@@ -431,11 +509,12 @@ class Captioner(nn.Module):
     def start(self, images, k):
         """Encodes the pictures and prepares what `step` needs to write k rows for each: caches, cross-attention keys."""
         P, memory = self.options.n_prefix, self.encode(images)
-        shape = (len(images) * k, self.options.n_head, self.options.block_size, self.options.n_embd // self.options.n_head)
+        heads = FAMILIES[self.options.decoder_family]["n_head_kv"] or self.options.n_head
+        shape = (len(images) * k, heads, self.options.block_size, self.options.n_embd // self.options.n_head)
         state = dict(past=P, cache=[memory.new_empty(2, *shape) for _ in self.blocks],
                      cross=[block.cross.keys_values(memory) if block.has_cross else None for block in self.blocks])
         if P:
-            x = self.prefix(memory) + self.wpe.weight[:P]
+            x = self.add_positions(self.prefix(memory), torch.arange(P, device=memory.device))
             for i, block in enumerate(self.blocks):
                 first = memory.new_empty(2, len(images), *shape[1:])
                 x = block(x, state["cross"][i], cache=first)
@@ -445,8 +524,7 @@ class Captioner(nn.Module):
     def step(self, state, tokens):
         """The rows' newest tokens, int64 (B·k,), go in; logits (B·k, V) of the next come out; state moves on."""
         past = state["past"]
-        x = self.wte(tokens) + self.wpe.weight[past]
-        x = x[:, None]  # (B·k, 1, C)
+        x = self.add_positions(self.wte(tokens), torch.full_like(tokens, past))[:, None]  # (B·k, 1, C)
         for block, cross, cache in zip(self.blocks, state["cross"], state["cache"]):
             x = block(x, cross, cache=cache, past=past)
         state["past"] += 1

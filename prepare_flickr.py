@@ -33,7 +33,7 @@ import numpy as np
 import tiktoken
 from PIL import Image, ImageOps
 
-from bpe import GPT2_PATTERN, make_tokenizer, ranks_to_text, text_to_ranks, train_bpe
+from bpe import GPT2_PATTERN, keep_used, make_tokenizer, ranks_to_text, read_hub_tokenizer, text_to_ranks, train_bpe
 from common import Parser, UserError, atomic_write, download, progress, run
 
 SPLITS = "train", "val", "test"
@@ -353,8 +353,15 @@ def load_tokenizer(data_dir):
         raise UserError(f"{data_dir}/tokenizer.tiktoken: {error}: prepare it again with --force") from None
 
 
+def load_ids(data_dir):
+    """The numbers that the prepared folder's tokens have in a pretrained decoder, list[int]; None where they are the same."""
+    path = f"{data_dir}/token_ids.bin"
+    return np.fromfile(path, np.int64).tolist() if os.path.exists(path) else None
+
+
 def read_tokenizer(source):
-    """`gpt2`, a prepared folder, or a checkpoint (or its folder) -> (ranks, pattern); None for `bpe`: yet to learn."""
+    """`gpt2`, a prepared folder, a checkpoint (or its folder), a folder with the hub's tokenizer.json -> (ranks, pattern, ids: the
+    tokens' numbers in a pretrained decoder with EOT's, or None); None for `bpe`: yet to learn."""
     if source == "bpe":
         return None
     if source == "gpt2":
@@ -362,17 +369,19 @@ def read_tokenizer(source):
             gpt2 = tiktoken.get_encoding("gpt2")
         except OSError as error:  # requests' errors are
             raise OSError(f"--tokenizer gpt2: tiktoken could not download it: {error}") from None
-        return [gpt2.decode_single_token_bytes(n) for n in range(gpt2.eot_token)], GPT2_PATTERN
+        return [gpt2.decode_single_token_bytes(n) for n in range(gpt2.eot_token)], GPT2_PATTERN, list(range(gpt2.n_vocab))
     if os.path.exists(f"{source}/tokenizer.tiktoken"):
         with open(f"{source}/tokenizer.tiktoken", "rb") as file:
-            return text_to_ranks(file.read()), load_meta(source)["pattern"]
+            return text_to_ranks(file.read()), load_meta(source)["pattern"], load_ids(source)
+    if os.path.exists(f"{source}/tokenizer.json"):
+        return read_hub_tokenizer(f"{source}/tokenizer.json")
     path = next((p for p in (f"{source}/best.pt", f"{source}/last.pt", source) if os.path.isfile(p)), None)
     if path is None:
         raise UserError(f"--tokenizer {source}: not bpe, gpt2, a prepared folder, a checkpoint or a folder with one")
     import torch  # only here: preparing needs no torch
     try:
         tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
-        return text_to_ranks(tokenizer["ranks"]), tokenizer["pattern"]
+        return text_to_ranks(tokenizer["ranks"]), tokenizer["pattern"], tokenizer.get("ids")
     except (KeyError, TypeError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"--tokenizer {path}: not a checkpoint that holds a tokenizer: {error}") from None
 
@@ -408,7 +417,7 @@ def clear(out_dir):
     os.makedirs(out_dir, exist_ok=True)
     files = [f"{split}{end}" for split in SPLITS for end in
              ("_images.bin", "_tokens.bin", "_captions.bin", "_index.bin", ".jsonl")]
-    for file in ("meta.json", *files, "tokenizer.tiktoken", "skipped.txt"):
+    for file in ("meta.json", *files, "tokenizer.tiktoken", "token_ids.bin", "skipped.txt"):
         with contextlib.suppress(FileNotFoundError):
             os.remove(f"{out_dir}/{file}")
 
@@ -435,14 +444,18 @@ def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192,
     return write_texts(out_dir, texts, image_size, tokenizer, known, vocab_size, source)
 
 
-def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, source):
+def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, source, only_used=False):
     """Everything but SPLIT_images.bin, meta.json last. splits: {split: (names, captions)}; known: read_tokenizer's
-    answer."""
+    answer; only_used: of its tokens, keep those that the captions of train need."""
     if not splits.get("train", ((), ()))[0]:
         raise UserError("the train split is empty: no pictures with captions")
     splits = {split: (names, [[" ".join(text.split()) for text in texts] for texts in captions])
               for split, (names, captions) in splits.items()}
-    ranks, pattern = known or (train_bpe(itertools.chain.from_iterable(splits["train"][1]), vocab_size), GPT2_PATTERN)
+    texts = [text for texts in splits["train"][1] for text in texts]
+    ranks, pattern, ids = known or (train_bpe(texts, vocab_size), GPT2_PATTERN, None)
+    if only_used:
+        kept = keep_used(ranks, pattern, texts)
+        ranks, ids = [ranks[n] for n in kept], ids and [ids[n] for n in [*kept, -1]]
     encoding = make_tokenizer(ranks, pattern)
     if encoding.n_vocab > 65536:
         raise UserError(f"the tokenizer has {encoding.n_vocab:,} tokens; SPLIT_tokens.bin (uint16) holds 65,536")
@@ -451,6 +464,9 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     fingerprint = hashlib.sha256(b"%d\n" % image_size + ranks_to_text(ranks))
     meta = {"version": 1, "image_size": image_size, "vocab_size": encoding.n_vocab, "pattern": pattern,
             "tokenizer": tokenizer, "splits": {}}
+    if ids and ids != list(range(len(ids))):
+        with atomic_write(f"{out_dir}/token_ids.bin") as file:
+            file.write(np.array(ids, np.int64))
     for split, (names, captions) in splits.items():
         tokens, starts, index = array.array("H"), [0], [0]
         for texts in captions:
@@ -590,7 +606,7 @@ def check_skipped(out_dir, skipped, kind, total, allow_missing):
 def prepare(args):
     """From pictures and captions to a prepared folder; prints what it made."""
     began, skipped, unknown = time.monotonic(), [], []
-    keys = "images", "captions", "split_files", "image_size", "vocab_size", "tokenizer"
+    keys = "images", "captions", "split_files", "image_size", "vocab_size", "tokenizer", "keep_used"
     source = {key: getattr(args, key) for key in keys}
     files = [args.images, *(re.sub("^(train|val|test)=", "", file) for file in args.captions)]
     files += (args.split_files or []) + ([] if args.tokenizer in ("bpe", "gpt2") else [args.tokenizer])
@@ -651,7 +667,7 @@ def prepare(args):
     pictures = {split: [path for path in paths if path not in errors] for split, paths in pictures.items()}
     meta = write_texts(args.out_dir, {split: ([names[path] for path in paths], [texts[path] for path in paths])
                                       for split, paths in pictures.items() if paths},
-                       args.image_size, args.tokenizer, known, args.vocab_size, source)
+                       args.image_size, args.tokenizer, known, args.vocab_size, source, args.keep_used)
     for split, n in meta["splits"].items():
         print(f"{split}: {n['images']:,} pictures, {n['captions']:,} captions, {n['tokens']:,} tokens, "
               f"at most {n['longest']} a caption")
@@ -676,7 +692,9 @@ def main():
     add("--out_dir", help="where to write (default: data/ and the name of --images)")
     add("--image_size", type=int, default=160, help="pixels a side (default: %(default)s)")
     add("--vocab_size", type=int, default=8192, help="at most so many tokens, EOT included (default: %(default)s)")
-    add("--tokenizer", default="bpe", help="bpe (learned from train; default), gpt2, a prepared folder, a checkpoint")
+    add("--tokenizer", default="bpe", help="bpe (learned from train; default), gpt2, a prepared folder, a checkpoint, a "
+        "folder with a language model's tokenizer.json")
+    add("--keep_used", action="store_true", help="of a tokenizer that is taken over, keep only the tokens that train's captions use")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode pictures (default: all cores)")
     add("--force", action="store_true", help="replace what is in out_dir")
     add("--allow_missing", action="store_true", help="go on where more than 1 %% of pictures or captions can't be used")

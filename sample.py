@@ -63,12 +63,45 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None):
+    """A Captioner as train.py's Options ask for, on the CPU; ids: see pretrained.load_parts."""
+    if options.encoder or options.decoder:
+        from pretrained import assemble
+        return assemble(options, vocab_size, mean, std, ids)
+    return Captioner(options, vocab_size, mean, std)
+
+
+def frozen_names(model):
+    """The parameters that training leaves as they came: a checkpoint doesn't hold them."""
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def restore(model, state, frozen=None):
+    """Loads a checkpoint's weights into a model that already has the frozen ones. UserError where they don't fit."""
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) - (frozen_names(model) if frozen is None else frozen):
+            raise RuntimeError(f"{', '.join([*unexpected, *missing][:3])}")
+    except RuntimeError as e:
+        raise UserError(f"the checkpoint's weights don't fit its options: {' '.join(str(e).split())[:200]}") from None
+
+
 def build(checkpoint):
-    """A checkpoint's dict -> its Captioner, on the CPU, in eval mode."""
+    """A checkpoint's dict -> its Captioner, on the CPU, in eval mode, LoRA merged."""
+    own = dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0)
     names = {f.name for f in fields(ModelOptions)}
     options = ModelOptions(**{k: v for k, v in checkpoint["options"].items() if k in names})
-    model = Captioner(options, vocab_size=len(checkpoint["model"]["wte.weight"]))
-    model.load_state_dict(checkpoint["model"])
+    parts = SimpleNamespace(**{**own, **checkpoint["options"]})
+    if not parts.freeze_encoder:  # then it is in the checkpoint, whole
+        parts.encoder = ""
+    if not parts.lora_rank:
+        parts.decoder = ""
+    options.__dict__.update({k: v for k, v in vars(parts).items() if k not in names})
+    model = make_model(options, checkpoint.get("vocab_size") or len(checkpoint["model"]["wte.weight"]), ids=checkpoint["tokenizer"].get("ids"))
+    restore(model, checkpoint["model"])
+    if parts.lora_rank:
+        from pretrained import merge_lora
+        merge_lora(model)
     return model.eval()
 
 

@@ -668,7 +668,7 @@ def test_download_goes_on_after_a_restart(mirror, tmp_path, monkeypatch):
 @pytest.mark.parametrize("status", ["401", "403", "404"])
 def test_download_is_refused_at_once(mirror, tmp_path, status):
     mirror.script[:] = [status]
-    with pytest.raises(OSError, match=f"HTTP {status}.*--url"):
+    with pytest.raises(OSError, match=f"HTTP {status}.*mirror"):
         common.download(f"{mirror.url}/file", str(tmp_path / "file"))
     assert len(mirror.seen) == 1 and not list(tmp_path.iterdir())
 

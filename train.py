@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import Parser, UserError, atomic_write, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
-from model import Captioner, ModelOptions, pack
-from prepare_flickr import load_meta, load_tokenizer, read_records, read_split
-from sample import VERSION, pick_device, read_checkpoint
+from model import ModelOptions, pack
+from prepare_flickr import load_ids, load_meta, load_tokenizer, read_records, read_split
+from sample import VERSION, frozen_names, make_model, pick_device, read_checkpoint, restore
 
 
 @dataclass
@@ -64,6 +64,15 @@ class Options(ModelOptions):
     grad_clip: float = 1.0            # largest norm of the gradient; 0: no limit
     warmup_iters: int = 100           # the learning rate rises over these steps, then falls as a cosine
     min_lr: float = 0.0               # ... to this share of itself
+    # other people's weights, see pretrained.py
+    encoder: str = ""                 # a name on the Hugging Face hub, or a folder: facebook/dinov2-small
+    decoder: str = ""                 # likewise: gpt2
+    freeze_encoder: bool = False      # the encoder's weights stay as they came
+    lora_rank: int = 0                # above 0: the decoder's weights stay too, but for LoRA's of this rank beside them
+    lora_alpha: float = 16.0          # LoRA's factor is alpha / rank
+    lora_dropout: float = 0.0
+    lora_targets: str = "qkv|proj|fc"  # regular expression for the layers of the decoder that get one
+    lr_scale: str = ""                # factors of the learning rate by regular expression, the first that fits: "encoder=0.1 wte=0.5"
     # watching
     log_interval: int = 20            # steps between lines of the log
     eval_interval: int = 500          # steps between evaluations, each with a checkpoint
@@ -75,7 +84,8 @@ class Options(ModelOptions):
     seed: int = 0
 
 
-MODEL = {f.name for f in fields(ModelOptions)}
+PARTS = {"encoder", "decoder", "freeze_encoder", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+MODEL = {f.name for f in fields(ModelOptions)} | PARTS  # what a checkpoint's weights fit
 
 
 # ---- options
@@ -101,7 +111,7 @@ def read_options(argv):
     for name, (low, high) in dict(
             batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
             smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3), weight_decay=(0, 1e3),
-            beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
+            lora_rank=(0, 1e6), lora_alpha=(0, 1e6), lora_dropout=(0, 0.99), beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
             log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1)).items():
         if not low <= getattr(options, name) <= high:
             raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(options, name)}")
@@ -109,9 +119,18 @@ def read_options(argv):
         raise UserError("self-critical training compares samples of one picture: samples must be 2 or more, alpha and smoothing 0")
     if not options.max_iters and not options.max_minutes:
         raise UserError("nothing says when to stop: give --max_iters or --max_minutes, or a config that does")
+    if options.lora_rank and not options.decoder:
+        raise UserError("lora_rank is for a pretrained decoder: name one with --decoder")
+    if options.encoder or options.decoder:
+        from pretrained import part_options
+        for name, value in part_options(options.encoder, options.decoder)[0].items():
+            if name in given and getattr(options, name) != value:
+                raise UserError(f"{name} is {value} in {options.encoder} {options.decoder}, not {getattr(options, name)}")
+            setattr(options, name, value)
     try:
         options.check()
-    except ValueError as e:
+        lr_factor(options, "")
+    except (ValueError, re.error) as e:
         raise UserError(str(e)) from None
     return options, set(given)
 
@@ -258,16 +277,29 @@ def orthogonalise(G):
     return (X if wide else X.mT).to(G.dtype)
 
 
+def lr_factor(options, name):
+    """The factor of the learning rate that options.lr_scale gives to a parameter; ValueError where it is not written so."""
+    for part in options.lr_scale.split():
+        pattern, _, factor = part.rpartition("=")
+        if not pattern or not 0 <= float(factor) <= 1e3:
+            raise ValueError(f"lr_scale takes PATTERN=FACTOR parts, such as 'encoder=0.1 wte=0.5', not {part!r}")
+        if re.search(pattern, name):
+            return float(factor)
+    return 1.0
+
+
 def make_optimizers(model, options):
     """A list: AdamW, and Muon for the matrices of the blocks where it is asked for. Only matrices decay."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if p.ndim == 2 and "blocks." in name] if options.optimizer == "muon" else []
-    rest = [p for _, p in named if not any(p is h for h in hidden)]
-    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=options.weight_decay),
-              dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)]
-    if hidden:
-        optimizers.append(Muon(hidden, lr=options.muon_lr, weight_decay=options.weight_decay))
+    groups = {}  # (whether Muon's, weight decay, learning rate): parameters
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            muon = options.optimizer == "muon" and p.ndim == 2 and "blocks." in name
+            lr = (options.muon_lr if muon else options.learning_rate) * lr_factor(options, name)
+            groups.setdefault((muon, options.weight_decay if p.ndim >= 2 else 0.0, lr), []).append(p)
+    of = lambda wanted: [dict(params=params, weight_decay=decay, lr=lr) for (muon, decay, lr), params in groups.items() if muon == wanted]
+    optimizers = [torch.optim.AdamW(of(False), lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)]
+    if of(True):
+        optimizers.append(Muon(of(True), lr=options.muon_lr))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -340,7 +372,7 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
         raise UserError(f"{last} was trained on other data than {options.data_dir} holds now: give its own --data_dir, or "
                         f"--init_from={last} with another --out_dir to fine-tune")
     for name in sorted(MODEL - {"dropout"}):
-        if (found := checkpoint["options"][name]) != getattr(options, name):
+        if (found := checkpoint["options"].get(name, getattr(Options, name))) != getattr(options, name):
             if resume or name in explicit:
                 raise UserError(f"{name} is {getattr(options, name)} here but {found} in the checkpoint to start from")
             setattr(options, name, found)
@@ -391,15 +423,15 @@ def main():
 
     # model, teacher, optimizers
     torch.manual_seed(options.seed)
-    model = Captioner(options, meta["vocab_size"], meta["mean"], meta["std"])
+    model = make_model(options, meta["vocab_size"], meta["mean"], meta["std"], load_ids(options.data_dir))
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
+        restore(model, checkpoint["model"])
     model.to(device)
     teacher = make_teacher(model)
     optimizers = make_optimizers(model, options)
     it, seen, seconds, best, running = 0, 0, 0.0, -1.0, [0.0] * 5
     if resumed:
-        teacher.load_state_dict(checkpoint["teacher"])
+        restore(teacher, checkpoint["teacher"], frozen_names(model))
         peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
         for optimizer, state, peak in zip(optimizers, checkpoint["optimizer"], peaks):
             optimizer.load_state_dict(state)
@@ -437,11 +469,13 @@ def main():
     def save():
         if rank == 0:
             with atomic_write(out_dir / "last.pt") as f:
-                torch.save(dict(model=model.state_dict(), teacher=teacher.state_dict(), optimizer=[o.state_dict() for o in optimizers],
+                torch.save(dict(model=kept(model), teacher=kept(teacher), optimizer=[o.state_dict() for o in optimizers],
                                 iter=it, seen=seen, seconds=seconds, best=best, running=running, **about), f)
 
-    about = dict(options=asdict(options), tokenizer=dict(ranks=tokenizer_text, pattern=meta["pattern"]), version=VERSION,
-                 fingerprint=meta["fingerprint"])
+    about = dict(options=asdict(options), version=VERSION, fingerprint=meta["fingerprint"], vocab_size=meta["vocab_size"],
+                 tokenizer=dict(ranks=tokenizer_text, pattern=meta["pattern"], ids=load_ids(options.data_dir)))
+    frozen = frozen_names(model)
+    kept = lambda m: {name: t for name, t in m.state_dict().items() if name not in frozen}  # what can be read again is not saved
     signals = []
 
     def on_signal(number, frame):
@@ -528,7 +562,7 @@ def main():
                     best = results[name]["cider"]
                     if rank == 0:
                         with atomic_write(out_dir / "best.pt") as f:
-                            torch.save(dict(model=candidate.state_dict(), which=name, iter=it, eval=results[name], **about), f)
+                            torch.save(dict(model=kept(candidate), which=name, iter=it, eval=results[name], **about), f)
             log("\n".join(f"  {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in r.items()) for name, r in results.items())
                 + "".join(f"\n    {text}    (a person: {refs[0]})" for text, refs in zip(texts[:3], references)), eval=results)
             save()
