@@ -10,6 +10,7 @@ import time
 
 import requests
 
+HUB, WEIGHTS = "https://huggingface.co", "data/weights"  # other people's models: where they are, and where they are kept
 TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
 
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 # Other people's architectures, by what they do differently from ours; pretrained.py has weights for them.
@@ -270,8 +271,8 @@ def patchify(images, patch_size):
 
 def sincos_2d(grid, n_embd):
     """Fixed positions of a grid × grid of patches, (grid·grid, n_embd): sines and cosines of row and column."""
-    frequency = 10000 ** (-torch.arange(n_embd // 4) / (n_embd // 4))
-    angle = torch.arange(grid)[:, None] * frequency  # (grid, C/4)
+    frequency = 10000 ** (-torch.arange(n_embd // 4, device="cpu") / (n_embd // 4))
+    angle = torch.arange(grid, device="cpu")[:, None] * frequency  # (grid, C/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, C/2)
     rows, columns = wave[:, None].expand(-1, grid, -1), wave[None].expand(grid, -1, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1)
@@ -383,12 +384,12 @@ class HeadLoss(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, hidden, weight, targets, factor, soft_hidden, soft_weight, alpha, smoothing):
-        V, needs_gradient = len(weight), any(ctx.needs_input_grad)
+        V, (needs_gradient, needs_weight) = len(weight), ctx.needs_input_grad[:2]
         alpha = 0.0 if soft_hidden is None else alpha
         chunk = max((2**21 if hidden.device.type == "cpu" else 2**26) // V, 1)
         loss, ce = hidden.new_zeros(()), hidden.new_zeros(())
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight) if needs_gradient else None
+        d_weight = torch.zeros_like(weight) if needs_weight else None
         for i in range(0, len(hidden), chunk):
             h, target = hidden[i:i + chunk], targets[i:i + chunk, None]
             logits = F.linear(h, weight).float()
@@ -402,7 +403,7 @@ class HeadLoss(torch.autograd.Function):
             f = 1 if factor is None else factor[i:i + chunk, None]
             loss += ((log_total - goal) * f).sum()
             ce += (log_total - at_target).sum()
-            if needs_gradient:  # of a logit: probability - target
+            if needs_gradient or needs_weight:  # of a logit: probability - target
                 if soft_hidden is not None:
                     p.sub_(soft, alpha=alpha)
                 if smoothing:
@@ -410,7 +411,8 @@ class HeadLoss(torch.autograd.Function):
                 p.scatter_add_(1, target, torch.full_like(at_target, -(1 - alpha) * (1 - smoothing)))
                 p = (p if factor is None else p.mul_(f)).to(h.dtype)
                 d_hidden[i:i + chunk] = p @ weight
-                d_weight.addmm_(p.T, h)
+                if needs_weight:
+                    d_weight.addmm_(p.T, h)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(ce)
         return loss, ce
@@ -418,7 +420,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss, d_weight * d_loss, None, None, None, None, None, None
+        return d_hidden * d_loss, None if d_weight is None else d_weight * d_loss, None, None, None, None, None, None
 
 
 head_loss = HeadLoss.apply
@@ -435,8 +437,8 @@ class Captioner(nn.Module):
         super().__init__()
         options.check()
         self.options, self.eot_token, self.longest = options, vocab_size - 1, options.longest
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32, device="cpu"))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32, device="cpu"))
         self.encoder = Encoder(options)
         self.wte = nn.Embedding(vocab_size, options.n_embd)
         family = SimpleNamespace(**FAMILIES[options.decoder_family])
@@ -450,20 +452,19 @@ class Captioner(nn.Module):
         self.blocks = nn.ModuleList(Block(options.n_embd, options.n_head, family, options.dropout, options.encoder_size[0] if c else 0)
                                     for c in cross)
         self.norm = nn.LayerNorm(options.n_embd, family.eps)
-        self.apply(self.init_weights)
-        for name, p in self.named_parameters():  # GPT-2: what adds to the residual stream shrinks with depth
-            if name.endswith("proj.weight"):
-                n_layer = options.n_layer_encoder if name.startswith("encoder") else options.n_layer_decoder
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer))
+        self.recompute = False  # in training, keep no activations of the decoder's blocks: backward computes them again
+        self.draw(dict(self.named_parameters()))
 
-    @staticmethod
-    def init_weights(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def draw(self, parameters):
+        """Initialises {name: parameter} as GPT-2 does: what adds to the residual stream shrinks with depth."""
+        for name, p in parameters.items():
+            if p.ndim == 1:  # biases; norms' weights and layer scales
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            elif p.ndim == 4:
+                nn.init.kaiming_normal_(p, nonlinearity="relu")
+            else:
+                n_layer = self.options.n_layer_encoder if name.startswith("encoder") else self.options.n_layer_decoder
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if name.endswith("proj.weight") else 0.02)
 
     def encode(self, images):
         """uint8 (or float of the same scale) (B, S, S, 3) of any size S -> (B, N, C), what the decoder sees of them"""
@@ -487,7 +488,11 @@ class Captioner(nn.Module):
         x = self.dropout(x)
         packing = Packing(slot, segment, position, P)
         for block in self.blocks:
-            x = block(x, block.cross.keys_values(memory) if block.has_cross else None, packing)
+            keys_values = block.cross.keys_values(memory) if block.has_cross else None
+            if self.recompute and self.training:
+                x = checkpoint(block, x, keys_values, packing, use_reentrant=False)
+            else:
+                x = block(x, keys_values, packing)
         return self.norm(x[len(x) - len(tokens):])
 
     def forward(self, images, captions, teacher=None, alpha=0.0, smoothing=0.0):

@@ -34,6 +34,7 @@ import tiktoken
 from PIL import Image, ImageOps
 
 from bpe import GPT2_PATTERN, keep_used, make_tokenizer, ranks_to_text, read_hub_tokenizer, text_to_ranks, train_bpe
+import common
 from common import Parser, UserError, atomic_write, download, progress, run
 
 SPLITS = "train", "val", "test"
@@ -373,8 +374,13 @@ def read_tokenizer(source):
     if os.path.exists(f"{source}/tokenizer.tiktoken"):
         with open(f"{source}/tokenizer.tiktoken", "rb") as file:
             return text_to_ranks(file.read()), load_meta(source)["pattern"], load_ids(source)
-    if os.path.exists(f"{source}/tokenizer.json"):
-        return read_hub_tokenizer(f"{source}/tokenizer.json")
+    folder = source
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2[\w-]*", source) and not os.path.exists(source):  # a name on the hub
+        folder = f"{common.WEIGHTS}/{source}"
+        os.makedirs(folder, exist_ok=True)
+        download(f"{common.HUB}/{source}/resolve/main/tokenizer.json", f"{folder}/tokenizer.json", os.environ.get("HF_TOKEN"))
+    if os.path.exists(f"{folder}/tokenizer.json"):
+        return read_hub_tokenizer(f"{folder}/tokenizer.json")
     path = next((p for p in (f"{source}/best.pt", f"{source}/last.pt", source) if os.path.isfile(p)), None)
     if path is None:
         raise UserError(f"--tokenizer {source}: not bpe, gpt2, a prepared folder, a checkpoint or a folder with one")
@@ -609,7 +615,7 @@ def prepare(args):
     keys = "images", "captions", "split_files", "image_size", "vocab_size", "tokenizer", "keep_used"
     source = {key: getattr(args, key) for key in keys}
     files = [args.images, *(re.sub("^(train|val|test)=", "", file) for file in args.captions)]
-    files += (args.split_files or []) + ([] if args.tokenizer in ("bpe", "gpt2") else [args.tokenizer])
+    files += (args.split_files or []) + ([args.tokenizer] if os.path.exists(args.tokenizer) else [])
     # What was downloaded stays as it is, and the archive may be deleted.
     source["inputs"] = {} if args.url else {file: signature(file) for file in files}
     if not args.force and up_to_date(args.out_dir, source):

@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import common
 from common import UserError, download
 from model import Captioner
 
-HUB, CACHE = "https://huggingface.co", Path("data/weights")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,30 +35,41 @@ def fetch(source):
         return Path(source)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
         raise UserError(f"{source}: neither a folder nor a name on the hub, such as gpt2 or facebook/dinov2-small")
-    folder = CACHE / source
+    folder = Path(common.WEIGHTS, source)
     folder.mkdir(parents=True, exist_ok=True)
 
     def get(name):
         try:
-            download(f"{HUB}/{source}/resolve/main/{name}", str(folder / name), token=os.environ.get("HF_TOKEN"))
+            download(f"{common.HUB}/{source}/resolve/main/{name}", str(folder / name), token=os.environ.get("HF_TOKEN"))
             return True
         except OSError as error:
             if getattr(error, "status", None) == 404:
                 return False
             raise
 
+    if weight_files(folder):
+        return folder
     if not get("config.json"):
         raise UserError(f"{source}: no such model on the hub (no config.json there)")
-    get("preprocessor_config.json")
+    get("preprocessor_config.json")  # which decoders don't have
     for name in "model.safetensors", "pytorch_model.bin":
-        if get(name):
-            return folder
-        if get(f"{name}.index.json"):
+        if not get(name) and get(f"{name}.index.json"):
             for shard in sorted(set(read_index(folder / f"{name}.index.json").values())):
-                if not get(shard):
-                    raise UserError(f"{source}: {shard}, which the index names, is not there")
+                get(shard)
+        if weight_files(folder):
             return folder
-    raise UserError(f"{source}: holds neither model.safetensors nor pytorch_model.bin")
+    raise UserError(f"{source}: holds neither a whole model.safetensors nor a whole pytorch_model.bin")
+
+
+def weight_files(folder):
+    """The files that hold a model's tensors, in whichever of the hub's layouts, if they are all there; else an empty list."""
+    for name in "model.safetensors", "pytorch_model.bin":
+        files, index = [folder / name], folder / f"{name}.index.json"
+        if not files[0].exists() and index.exists():
+            files = [folder / shard for shard in sorted(set(read_index(index).values()))]
+        if all(file.exists() for file in files):
+            return files
+    return []
 
 
 def read_index(path):
@@ -76,7 +87,7 @@ def read_config(folder):
     """config.json's dict; CLIP's is that of its vision tower."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        return {"model_type": "clip_vision_model", **config["vision_config"]} if config["model_type"] == "clip" else config
+        return {**config["vision_config"], "model_type": "clip_vision_model"} if config["model_type"] == "clip" else config
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no config.json of a model ({type(error).__name__}: {error})") from None
 
@@ -121,18 +132,13 @@ def read_safetensors(path):
 
 
 def read_weights(folder):
-    """All tensors of a model's folder, whichever of the hub's file layouts it has: {name: tensor}."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
-        if (folder / name).exists():
-            return read(folder / name)
-        if (folder / f"{name}.index.json").exists():
-            files, tensors = read_index(folder / f"{name}.index.json"), {}
-            for file in sorted(set(files.values())):
-                tensors |= read(folder / file)
-            if missing := files.keys() - tensors.keys():
-                raise UserError(f"{folder}: the shards lack {', '.join(sorted(missing)[:5])}")
-            return tensors
-    raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
+    """All tensors of a model's folder: {name: tensor}."""
+    tensors = {}
+    for file in weight_files(folder):
+        tensors |= read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    if not tensors:
+        raise UserError(f"{folder}: holds neither a whole model.safetensors nor a whole pytorch_model.bin")
+    return tensors
 
 
 def read_pickle(path):
@@ -279,8 +285,8 @@ def find(config, families, what):
     return families[config["model_type"]]
 
 
-def load_into(module, found, source):
-    """Copies {name: tensor} into a module's parameters; UserError that lists what is missing, unexpected or of another shape."""
+def check_fit(module, found, source):
+    """-> {our name: tensor}; UserError that lists what is missing, unexpected or of another shape than the module's."""
     ours, T, ignored = found
     if T.missing:
         raise UserError(f"{source} lacks {len(T.missing)} tensors: {', '.join(T.missing[:5])}")
@@ -290,9 +296,7 @@ def load_into(module, found, source):
     for name, tensor in ours.items():
         if parameters[name].shape != tensor.shape:
             raise UserError(f"{source}: {name} has the shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}")
-        with torch.no_grad():
-            parameters[name].copy_(tensor)
-    return list(ours)
+    return ours
 
 
 def part_options(encoder="", decoder=""):
@@ -317,42 +321,53 @@ def part_options(encoder="", decoder=""):
 
 def load_parts(model, encoder="", decoder="", ids=None):
     """
-    Copies an encoder's and a decoder's weights into a Captioner; returns the names of the parameters that got them. ids: which
-    rows of the decoder's vocabulary the model's tokens are (None: all). Cross-attention that is added to a pretrained decoder
-    starts as the identity: before the first step the decoder still is the language model.
+    The weights that an encoder and a decoder have for a Captioner (which may be on the meta device): {parameter's name: tensor},
+    mapped from the files where they can be. ids: which rows of the decoder's vocabulary the model's tokens are (None: all).
     """
-    loaded = []
+    loaded = {}
     if encoder:
         folder = fetch(encoder)
         found = find(read_config(folder), ENCODERS, "encoder")[1](read_weights(folder), model.options)
-        loaded += [f"encoder.{name}" for name in load_into(model.encoder, found, encoder)]
+        loaded |= {f"encoder.{name}": tensor for name, tensor in check_fit(model.encoder, found, encoder).items()}
     if decoder:
         folder = fetch(decoder)
         ours, T, ignored = find(read_config(folder), DECODERS, "decoder")[1](read_weights(folder), model.options)
         if ids is not None and ours["wte.weight"].ndim == 2:
             ours["wte.weight"] = ours["wte.weight"][torch.tensor(ids)]
-        loaded += load_into(model, (ours, T, ignored), decoder)
-        for block in model.blocks:
-            if block.has_cross:
-                nn.init.zeros_(block.cross.proj.weight)
-                nn.init.zeros_(block.cross.proj.bias)
+        loaded |= check_fit(model, (ours, T, ignored), decoder)
     return loaded
 
 
-def assemble(options, vocab_size, mean, std, ids=None):
+def assemble(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None, frozen_dtype=torch.float32):
     """
     A Captioner of pretrained parts, as options (train.py's Options or what a checkpoint holds of them) say: encoder, decoder,
-    freeze_encoder, lora_rank and its like. With LoRA the decoder's own weights are frozen.
+    freeze_encoder, lora_rank and its like. With LoRA the decoder's own weights are frozen. Cross-attention that is added to a
+    pretrained decoder starts as the identity: before the first step the decoder still is the language model. Nothing is held
+    twice: the model is built without memory, then takes each tensor as it comes, a frozen one in frozen_dtype.
     """
     _, decoder_vocab, normalisation = part_options(options.encoder, options.decoder)
     if options.decoder and (len(ids) if ids and max(ids) < decoder_vocab else decoder_vocab) != vocab_size:
         raise UserError(f"{options.decoder} has {decoder_vocab:,} tokens and the data's tokenizer {vocab_size:,}: prepare the data with "
                         f"--tokenizer {options.decoder}, and --keep_used for only those that its captions use")
-    model = Captioner(options, vocab_size, *(normalisation or (mean, std)))
-    loaded, parameters = load_parts(model, options.encoder, options.decoder, ids), dict(model.named_parameters())
-    for name in loaded:
-        if options.freeze_encoder if name.startswith("encoder.") else options.lora_rank:
-            parameters[name].requires_grad_(False)
+    with torch.device("meta"):
+        model = Captioner(options, vocab_size, *(normalisation or (mean, std)))
+    loaded, drawn = load_parts(model, options.encoder, options.decoder, ids), {}
+    for name, p in list(model.named_parameters()):
+        frozen = name in loaded and bool(options.freeze_encoder if name.startswith("encoder.") else options.lora_rank)
+        tensor = loaded.pop(name, None)
+        if tensor is None:
+            p = drawn[name] = nn.Parameter(torch.empty(p.shape))
+        elif frozen:
+            p = nn.Parameter(tensor.to(frozen_dtype), requires_grad=False)
+        else:
+            p = nn.Parameter(tensor.to(torch.float32, copy=True).contiguous())
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, p)
+    model.draw(drawn)
+    if options.decoder:
+        for block in model.blocks:
+            if block.has_cross:
+                nn.init.zeros_(block.cross.proj.weight)
     if options.lora_rank:
         add_lora(model, options.lora_targets, options.lora_rank, options.lora_alpha, options.lora_dropout)
     return model

@@ -63,11 +63,11 @@ def read_checkpoint(path):
     return checkpoint
 
 
-def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None):
-    """A Captioner as train.py's Options ask for, on the CPU; ids: see pretrained.load_parts."""
+def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None, frozen_dtype=torch.float32):
+    """A Captioner as train.py's Options ask for, on the CPU; ids and frozen_dtype: see pretrained.assemble."""
     if options.encoder or options.decoder:
         from pretrained import assemble
-        return assemble(options, vocab_size, mean, std, ids)
+        return assemble(options, vocab_size, mean, std, ids, frozen_dtype)
     return Captioner(options, vocab_size, mean, std)
 
 

@@ -593,7 +593,9 @@ class Mirror(http.server.BaseHTTPRequestHandler):
             return self.reply(302, b"", Location="/signed" + self.path)
         if trouble == "change":
             self.server.files = {path: body[::-1] for path, body in self.server.files.items()}
-        body = self.server.files[self.path.removeprefix("/signed")]
+        body = self.server.files.get(self.path.removeprefix("/signed"))
+        if body is None:
+            return self.reply(404, b"no")
         etag, asked = f'"{hash(body)}"', self.headers.get("Range")
         begin, headers, status = 0, {"ETag": etag}, 200
         if asked and trouble != "no ranges" and (self.headers["If-Range"] == etag or trouble == "change"):

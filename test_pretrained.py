@@ -1,6 +1,10 @@
 """Other people's architectures in our code, against transformers with the same random weights; files against safetensors."""
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +13,16 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import common
 from bpe import keep_used, make_tokenizer, read_hub_tokenizer
 from common import UserError
-from model import Captioner, ModelOptions, pack
-from prepare_flickr import load_ids, load_meta, load_tokenizer, read_records
-from pretrained import LoRA, add_lora, load_parts, merge_lora, part_options, read_safetensors
+from model import Captioner, pack
+from prepare_flickr import load_ids, load_meta, load_tokenizer, read_records, read_tokenizer
+from pretrained import LoRA, add_lora, assemble, merge_lora, part_options, read_safetensors
 from sample import caption, load
 from test_model import run
+from test_prepare import mirror as hub  # noqa: F401, a fixture
+from train import Options
 
 transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -33,10 +40,9 @@ def scramble(model):
 def captioner(encoder="", decoder="", ids=None, vocab_size=300, **options):
     torch.manual_seed(1)
     fixed, _, _ = part_options(encoder, decoder)
-    model = Captioner(ModelOptions(**{**dict(image_size=32, patch_size=8, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32,
-                                             block_size=24), **fixed, **options}), vocab_size).eval()
-    load_parts(model, encoder, decoder, ids)
-    return model
+    options = Options(**{**dict(image_size=32, patch_size=8, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=32, block_size=24,
+                                encoder=encoder, decoder=decoder), **fixed, **options})
+    return assemble(options, vocab_size, ids=ids).eval()
 
 
 def vit_like(family):
@@ -148,6 +154,57 @@ def test_lora_stands_where_it_is_asked_for_and_merges():
         add_lora(model, "nothing", 4, 8)
 
 
+# ---- memory
+
+def test_recomputed_activations_give_the_same_gradients():
+    model, batch = captioner(dropout=0.1).train(), pack([[[1, 2, 3], [4]]], 299, 23)
+    images, gradients = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8), []
+    for model.recompute in (False, True):
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(model(images, batch)[0], list(model.parameters())))
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+def test_frozen_weights_are_loaded_once_and_in_bfloat16(tmp_path):
+    """More than half a GB of float32 becomes a quarter of a GB: the most that is held on the way is a tenth more."""
+    C, layers = 1024, 10
+    shapes = {"wte.weight": (300, C), "wpe.weight": (32, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(layers):
+        for name, shape in {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}.items():
+            shapes |= {f"h.{i}.{name}.weight": shape, f"h.{i}.{name}.bias": shape[1:]}
+        shapes |= {f"h.{i}.ln_{n}.{part}": (C,) for n in (1, 2) for part in ("weight", "bias")}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_layer=layers, n_head=8, n_embd=C, vocab_size=300)))
+    code = f"""
+import os, sys, time, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from bench import PeakMemory
+from model import Captioner
+from pretrained import assemble, part_options
+from train import Options, make_teacher
+part = dict(image_size=32, patch_size=8, n_layer_encoder=1, n_embd_encoder=32, n_head_encoder=2, block_size=24, lora_rank=2)
+options = Options(**part_options('', {str(tmp_path)!r})[0], **part, decoder={str(tmp_path)!r}, bridge="prefix")
+with torch.device("meta"):  # which makes torch load more of itself
+    Captioner(Options(), 300)
+with PeakMemory(os.getpid()) as start:
+    time.sleep(0.1)
+with PeakMemory(os.getpid()) as peak:
+    model = assemble(options, 300, frozen_dtype=torch.bfloat16)
+    teacher = make_teacher(model)
+weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2 ** 20
+assert all(t is p for t, p in zip(teacher.parameters(), model.parameters()) if not p.requires_grad)
+print(weights, peak.mb - start.mb)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    weights, most = map(float, done.stdout.split())
+    assert 230 < weights < 270
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory can't be read without /proc")
+    assert most < 1.1 * weights
+
+
 # ---- tokenizers
 
 TEXTS = ["A dog runs (fast) , isn't it ?", "Two men, 12345 of 67 ... --", "café naïve 犬", "A dog runs , a dog sits .", " a  b\n\nc ''"] * 3
@@ -218,7 +275,6 @@ def begin(folder, out, *more, **kw):
 def test_lora_on_a_frozen_encoder_is_trained_saved_resumed_and_sampled(prepared, tmp_path):
     lora = ["--freeze_encoder", "--lora_rank=2", "--lr_scale=cross=2 lora=0.5", "--learning_rate=0.01", "--alpha=0.3"]
     begin(prepared, tmp_path / "whole", *lora)
-    begin(prepared, tmp_path / "parts", *lora, "--max_iters=6", "--eval_interval=2")
     checkpoint = torch.load(tmp_path / "whole" / "best.pt", weights_only=True)
     saved = set(checkpoint["model"])
     assert "blocks.0.attention.qkv.A" in saved and "blocks.0.cross.q.weight" in saved
@@ -233,6 +289,7 @@ def test_lora_on_a_frozen_encoder_is_trained_saved_resumed_and_sampled(prepared,
     assert torch.equal(captioner.model.encoder.norm.weight, frozen)
     torch.testing.assert_close(captioner.model.mean, torch.full((3,), 0.5))  # the encoder's own normalisation
     assert isinstance(caption(captioner, str(prepared / "pictures" / "0.png")), str)
+    begin(prepared, tmp_path / "half", *lora, "--dtype=bfloat16", "--recompute", "--max_iters=2")  # frozen weights in bfloat16
     # stopped after three steps and resumed
     begin(prepared, tmp_path / "again", *lora, "--max_iters=3")
     begin(prepared, tmp_path / "again", *lora, "--init_from=resume")
@@ -267,6 +324,77 @@ def test_the_first_loss_is_the_language_models_own(prepared, tmp_path):
 def test_mistakes_are_one_line(prepared, tmp_path, changed, message):
     done = begin(prepared, tmp_path / "out", *changed, check=False)
     assert done.returncode == 2 and message in done.stderr.decode() and done.stderr.count(b"\n") == 1, done.stderr
+
+
+# ---- downloads
+
+def test_download_from_a_hub(prepared, hub, tmp_path, monkeypatch):
+    mirror = hub
+    monkeypatch.setattr(common, "HUB", mirror.url)
+    monkeypatch.setattr(common, "WEIGHTS", str(tmp_path / "weights"))
+    path = "/someone/small-vit/resolve/main/"
+    mirror.files = {path + file.name: file.read_bytes() for file in (prepared / "vit").iterdir()}
+    mirror.script[:] = ["redirect", "ok", "404", "drop", "redirect"]  # config.json, preprocessor_config.json, model.safetensors
+    images = torch.randn(1, 3, 32, 32)
+    expected = captioner(str(prepared / "vit")).encoder(images)
+    assert torch.equal(captioner("someone/small-vit").encoder(images), expected)
+    before = len(mirror.seen)
+    assert torch.equal(captioner("someone/small-vit").encoder(images), expected)
+    assert len(mirror.seen) == before  # all is kept
+    with pytest.raises(UserError, match="no such model on the hub"):
+        captioner("someone/else")
+    mirror.script[:] = ["401"]
+    with pytest.raises(OSError, match="401.*HF_TOKEN"):
+        captioner("someone/gated")
+    vocabulary = (prepared / "gpt2" / "tokenizer.json").read_bytes()
+    mirror.files["/someone/gpt/resolve/main/tokenizer.json"] = vocabulary
+    assert read_tokenizer("someone/gpt") == read_hub_tokenizer(prepared / "gpt2" / "tokenizer.json")
+
+
+VIT = dict(model_type="vit", hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=16, image_size=224)
+GPT2 = dict(model_type="gpt2", n_layer=12, n_head=12, n_embd=768, vocab_size=50257)
+NAMES = {  # what the hub's config.json files say
+    "google/vit-base-patch16-224-in21k": VIT, "google/vit-base-patch16-224": VIT,
+    "facebook/deit-tiny-patch16-224": {**VIT, "hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768},
+    "facebook/deit-small-patch16-224": {**VIT, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+    "facebook/deit-base-patch16-224": VIT,
+    "facebook/dinov2-small": {**VIT, "model_type": "dinov2", "hidden_size": 384, "num_attention_heads": 6, "patch_size": 14,
+                               "image_size": 518, "mlp_ratio": 4},
+    "facebook/dinov2-base": {**VIT, "model_type": "dinov2", "patch_size": 14, "image_size": 518, "mlp_ratio": 4},
+    "openai/clip-vit-base-patch32": {"model_type": "clip", "vision_config": {**VIT, "patch_size": 32}},
+    "openai/clip-vit-base-patch16": {"model_type": "clip", "vision_config": VIT},
+    "gpt2": GPT2, "gpt2-medium": {**GPT2, "n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {**GPT2, "n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {**GPT2, "n_layer": 48, "n_head": 25, "n_embd": 1600}, "distilgpt2": {**GPT2, "n_layer": 6},
+    "tiiuae/falcon-7b": dict(model_type="falcon", num_hidden_layers=32, num_attention_heads=71, hidden_size=4544, vocab_size=65024,
+                              multi_query=True, parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_have_the_right_shapes(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "WEIGHTS", str(tmp_path))
+    config = NAMES[name]
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"")  # so that nothing is downloaded
+    (folder / "preprocessor_config.json").write_text("{}")
+    is_decoder = config["model_type"] in ("gpt2", "falcon")
+    fixed, vocab_size, _ = part_options(*(("", name) if is_decoder else (name, "")))
+    image_size = config.get("vision_config", config).get("image_size", 32)
+    options = Options(**{**dict(image_size=image_size, patch_size=16, stem="patch", n_layer_encoder=1, n_layer_decoder=1, n_head=2,
+                                n_embd=64, block_size=1024, n_embd_encoder=64, n_head_encoder=2, cross_every=99), **fixed})
+    t, kind = transformers, config["model_type"]
+    with torch.device("meta"):
+        model = Captioner(options, vocab_size or 300)
+        theirs = {"vit": lambda: t.ViTModel(t.ViTConfig(**config), add_pooling_layer=False), "gpt2": lambda: t.GPT2Model(t.GPT2Config(**config)),
+                  "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**config)), "falcon": lambda: t.FalconModel(t.FalconConfig(**config)),
+                  "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**config["vision_config"]))}[kind]()
+    count = sum(p.numel() for name, p in theirs.named_parameters() if not re.search("mask_token|post_layernorm", name))
+    ours = sum(p.numel() for name, p in model.named_parameters()
+               if (not re.match("encoder|.*cross", name) if is_decoder else name.startswith("encoder")))
+    assert ours == count > 5e6
 
 
 # ---- files

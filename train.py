@@ -80,6 +80,7 @@ class Options(ModelOptions):
     # machine
     device: str = "auto"              # cpu, cuda, mps; auto: the best there is
     dtype: str = "auto"               # of matrix products: bfloat16 or float32; auto: bfloat16 on CUDA
+    recompute: bool = False           # keep no activations of the decoder's blocks but compute them again: less memory, more time
     compile: bool = False             # torch.compile: minutes to start, then faster on a GPU
     seed: int = 0
 
@@ -423,7 +424,9 @@ def main():
 
     # model, teacher, optimizers
     torch.manual_seed(options.seed)
-    model = make_model(options, meta["vocab_size"], meta["mean"], meta["std"], load_ids(options.data_dir))
+    model = make_model(options, meta["vocab_size"], meta["mean"], meta["std"], load_ids(options.data_dir),
+                       torch.bfloat16 if bf16 else torch.float32)
+    model.recompute = options.recompute
     if checkpoint:
         restore(model, checkpoint["model"])
     model.to(device)
@@ -520,8 +523,9 @@ def main():
                 seeds = [(options.seed, int(e), int(i)) for e, i in zip(epochs[mine], pictures[mine])]
                 images = augment(images, seeds, may_flip[pictures[mine]], options)
             if options.samples:
-                captions, rewards = sample_captions(model, images, [train_texts[i] for i in pictures[mine]], frequencies, tokenizer,
-                                                    options.samples, hash((options.seed, it, micro, rank)))
+                with autocast:
+                    captions, rewards = sample_captions(model, images, [train_texts[i] for i in pictures[mine]], frequencies,
+                                                        tokenizer, options.samples, hash((options.seed, it, micro, rank)))
             captions = {k: v.to(device) for k, v in captions.items()}
             torch.manual_seed(hash((options.seed, it, micro, rank)))  # dropout
             last_micro = micro == options.grad_accum - 1
@@ -557,7 +561,8 @@ def main():
             model.eval()
             results = {}
             for name, candidate in (("student", model), ("teacher", teacher)):
-                results[name], texts = validate(candidate, options, tokenizer, references, cider_refs, rank, world)
+                with autocast:
+                    results[name], texts = validate(candidate, options, tokenizer, references, cider_refs, rank, world)
                 if results[name]["cider"] > best:
                     best = results[name]["cider"]
                     if rank == 0:
