@@ -146,7 +146,8 @@ def make_step(options, device, dtype):
     model = Captioner(options, VOCAB, meta["mean"], meta["std"]).to(device).train()
     teacher, optimizers = train.make_teacher(model), train.make_optimizers(model, options)
     if options.compile:
-        model.hidden, teacher.hidden = torch.compile(model.hidden), torch.compile(teacher.hidden)
+        for m in (model, teacher):
+            m.encode, m.hidden = torch.compile(m.encode), torch.compile(m.hidden)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     pictures = np.random.default_rng(0).permutation(meta["splits"]["train"]["images"])[:options.batch_size]
     captions = train.get_batch(options.data_dir, "train", pictures, model.longest, VOCAB - 1)[1]
@@ -187,15 +188,13 @@ def make_step(options, device, dtype):
             t = time.perf_counter()
             memory = model.encode(images)
             t = tick("encoder", t)
-            model.encode = lambda images: memory
-            hidden = model.hidden(images, **inputs)
-            del model.encode
+            hidden = model.hidden(memory, **inputs)
             t = tick("decoder", t)
             head_loss(hidden, model.wte.weight, captions["targets"], None, None, None, 0.0, options.smoothing)
             t = tick("head and loss (with their gradients)", t)
             if options.alpha:
                 with torch.no_grad():
-                    teacher.hidden(images, **inputs)
+                    teacher.hidden(teacher.encode(images), **inputs)
                 tick("teacher's forward, but its head", t)
 
     def timed_step():

@@ -32,14 +32,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) in one
-    line and 1, an interrupt in one line and 130."""
+    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) or ArithmeticError in
+    one line and 1, an interrupt in one line and 130."""
     try:
         main()
         return
     except UserError as error:
         message, code = f"error: {error}", 2
-    except OSError as error:
+    except (OSError, ArithmeticError) as error:
         message, code = f"error: {error}", 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130

@@ -47,6 +47,7 @@ class ModelOptions:
     cross_every: int = 1        # cross-attention in every so many-th decoder block, the last one always
     block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
     dropout: float = 0.0        # on embeddings and on what each sub-layer adds
+    bag: float = 0.0            # weight of a second loss in training: the words of the captions, guessed from the patches' mean alone
     encoder_family: str = "own"  # whose architecture, see FAMILIES: own, vit, deit, dinov2, clip
     decoder_family: str = "own"  # own, gpt2, falcon
     n_embd_encoder: int = 0     # of the encoder, where it differs from the decoder's; 0: the same
@@ -61,6 +62,8 @@ class ModelOptions:
         for name in ("image_size", "patch_size", "n_layer_encoder", "n_layer_decoder", "n_head", "n_embd", "cross_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.bag < 0:
+            raise ValueError(f"bag must be 0 or more, not {self.bag}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.image_size % self.patch_size:
@@ -444,6 +447,8 @@ class Captioner(nn.Module):
         family = SimpleNamespace(**FAMILIES[options.decoder_family])
         if not family.rotary:
             self.wpe = nn.Embedding(options.block_size, options.n_embd)
+        if options.bag:
+            self.bag = nn.Linear(options.encoder_size[0], options.n_embd)
         if options.n_prefix:
             self.prefix = nn.Linear(options.encoder_size[0], options.n_embd)
         self.dropout = nn.Dropout(options.dropout)
@@ -479,9 +484,9 @@ class Captioner(nn.Module):
         """x (..., C), position int64 (...) -> x with its places' embeddings; rotary models have none"""
         return x + self.wpe(position) if hasattr(self, "wpe") else x
 
-    def hidden(self, images, tokens, position, slot, segment):
-        """Pictures and packed captions (see pack) -> (n, C), from which the head tells each next token."""
-        P, memory = self.options.n_prefix, self.encode(images)
+    def hidden(self, memory, tokens, position, slot, segment):
+        """Encoded pictures and packed captions (see pack) -> (n, C), from which the head tells each next token."""
+        P = self.options.n_prefix
         x = self.add_positions(self.wte(tokens), position + P)  # (n, C)
         if P:
             x = torch.cat([self.add_positions(self.prefix(memory), torch.arange(P, device=x.device)).flatten(0, 1), x])  # (B·P + n, C)
@@ -503,11 +508,15 @@ class Captioner(nn.Module):
         """
         targets = captions["targets"]
         inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
-        soft = None, None
+        soft, memory = (None, None), self.encode(images)
         if teacher is not None and alpha:
             with torch.no_grad():
-                soft = teacher.hidden(images, **inputs), teacher.wte.weight
-        return head_loss(self.hidden(images, **inputs), self.wte.weight, targets, captions.get("factor"), *soft, alpha, smoothing)
+                soft = teacher.hidden(teacher.encode(images), **inputs), teacher.wte.weight
+        loss, ce = head_loss(self.hidden(memory, **inputs), self.wte.weight, targets, captions.get("factor"), *soft, alpha, smoothing)
+        if self.options.bag and self.training:
+            guess = F.linear(self.bag(memory.mean(1)), self.wte.weight).float().log_softmax(-1)  # (B, V)
+            loss = loss - self.options.bag * guess[captions["slot"] // captions["segment"].size(1), targets].sum()
+        return loss, ce
 
     # ---- generation
 

@@ -493,8 +493,9 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     n = len(splits["train"][0])
     images = np.memmap(f"{out_dir}/train_images.bin", np.uint8, "r", shape=(n, image_size ** 2, 3))
     images = images[::-(-n // 256)] / 255  # 256 pictures tell mean and deviation well enough
-    meta |= {"mean": images.mean((0, 1)).tolist(), "std": images.std((0, 1)).tolist(),
-             "fingerprint": fingerprint.hexdigest(), "source": source or {}}
+    meta |= {"mean": images.mean((0, 1)).tolist(), "std": images.std((0, 1)).tolist(), "source": source or {}}
+    fingerprint.update(json.dumps([meta["mean"], meta["std"]]).encode())  # so that other pixels are other data
+    meta["fingerprint"] = fingerprint.hexdigest()
     with atomic_write(f"{out_dir}/meta.json") as file:
         file.write(json.dumps(meta, indent=1).encode())
     return meta

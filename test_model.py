@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import train
 from evaluate import cider, cider_references, document_frequencies
 from model import Captioner, ModelOptions, PatchStem, head_loss, pack, patchify
+from muon import orthogonalise
 from prepare_flickr import write_dataset
 from sample import caption, load
 
@@ -92,8 +93,8 @@ def test_packed_rows_equal_separate_rows(options):
     apart = sum(model(images[i:i + 1], pack([[words]], 49, model.longest))[1] for i in range(3) for words in captions[i])
     assert together.item() == pytest.approx(apart.item(), rel=1e-5)
     # and token by token
-    hidden = model.hidden(images, **{k: v for k, v in pack(captions, 49, 99).items() if k != "targets"})
-    alone = [model.hidden(images[i:i + 1], **{k: v for k, v in pack([[words]], 49, 99).items() if k != "targets"})
+    hidden = model.hidden(model.encode(images), **{k: v for k, v in pack(captions, 49, 99).items() if k != "targets"})
+    alone = [model.hidden(model.encode(images[i:i + 1]), **{k: v for k, v in pack([[words]], 49, 99).items() if k != "targets"})
              for i in range(3) for words in captions[i]]
     torch.testing.assert_close(hidden, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
@@ -112,7 +113,7 @@ def test_pack_cuts_counts_and_restarts():
 def test_the_picture_moves_the_logits(options):
     model, captions = tiny(**options), pack(random_captions(2), 49, 20)
     inputs = {k: v for k, v in captions.items() if k != "targets"}
-    a, b = (model.hidden(pictures(2, seed=s), **inputs) for s in (1, 2))
+    a, b = (model.hidden(model.encode(pictures(2, seed=s)), **inputs) for s in (1, 2))
     assert (a - b).abs().amax(1).min() > 1e-3  # every token's
 
 
@@ -176,7 +177,7 @@ def next_logp(model, image, words):
     """log-probabilities (V,) of what follows words, by a whole uncached forward pass"""
     batch = pack([[words]], model.eot_token, 99)
     batch.pop("targets")
-    return F.linear(model.hidden(image[None], **batch)[-1], model.wte.weight).log_softmax(-1)
+    return F.linear(model.hidden(model.encode(image[None]), **batch)[-1], model.wte.weight).log_softmax(-1)
 
 
 def naive_beam(model, image, beam, length_penalty, max_tokens, min_tokens=1, ngram=0):
@@ -284,11 +285,11 @@ def test_teacher_is_a_copy_without_gradient_in_eval_mode():
 def test_muon_orthogonalises():
     torch.manual_seed(0)
     for shape in ((2, 40, 24), (2, 24, 40), (1, 32, 32)):
-        singular = torch.linalg.svdvals(train.orthogonalise(torch.randn(shape)))
+        singular = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
         assert 0.3 < singular.min() and singular.max() < 1.3
         G = torch.randn(shape)
         U, _, V = torch.linalg.svd(G, full_matrices=False)
-        cosine = F.cosine_similarity(train.orthogonalise(G).flatten(), (U @ V).flatten(), dim=0)
+        cosine = F.cosine_similarity(orthogonalise(G).flatten(), (U @ V).flatten(), dim=0)
         assert cosine > 0.95
 
 
@@ -453,6 +454,33 @@ torch.save(train.kept.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ.get
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     assert_same(ranks[0], ranks[1])
     assert_same(ranks[0], last(tmp_path / "five")["model"])
+
+
+def test_steps_whose_gradient_is_not_finite_are_skipped(data, tmp_path):
+    worker = tmp_path / "worker.py"  # train.py, with pictures that are NaN from the third step on, or in it alone
+    worker.write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+from common import run
+augment, calls, last = train.augment, [], int(sys.argv.pop(1))
+def broken(*args):
+    calls.append(0)
+    return augment(*args) * (float("nan") if 3 <= len(calls) <= last else 1)
+train.augment = broken
+run(train.main)
+""")
+    config = tmp_path / "config.py"
+    config.write_text("".join(f"{k} = {v!r}\n" for k, v in {**CONFIG, "max_iters": 14, "eval_interval": 2}.items()))
+    run(worker, 3, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'once'}")
+    assert [line["skipped"] for line in read_log(tmp_path / "once") if "skipped" in line] == [1]
+    assert last(tmp_path / "once")["iter"] == 14
+    done = run(worker, 99, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'always'}", check=False)
+    one_line_error(done, 1, "10 steps in a row", "lower the learning rate")
+    for out in ("once", "always"):
+        checkpoint = last(tmp_path / out)
+        assert all(t.isfinite().all() for part in ("model", "teacher") for t in checkpoint[part].values())
+    assert all(line.get("loss", 0) is None or line.get("loss", 0) >= 0 for line in read_log(tmp_path / "always"))
 
 
 def test_fine_tuning_and_what_init_from_refuses(data, tmp_path):

@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import Parser, UserError, atomic_write, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import ModelOptions, pack
+from muon import Muon
 from prepare_flickr import load_ids, load_meta, load_tokenizer, read_records, read_split
 from sample import VERSION, frozen_names, make_model, pick_device, read_checkpoint, restore
 
@@ -87,6 +88,7 @@ class Options(ModelOptions):
 
 PARTS = {"encoder", "decoder", "freeze_encoder", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
 MODEL = {f.name for f in fields(ModelOptions)} | PARTS  # what a checkpoint's weights fit
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, after which training stops
 
 
 # ---- options
@@ -231,52 +233,6 @@ def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
 
 
 # ---- optimizer
-
-class Muon(torch.optim.Optimizer):
-    """
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
-    a few matrix products. torch.optim.Muon does that in bfloat16, one matrix at a time, which is slow on most CPUs: here all of one
-    shape go together, in float32 but for CUDA. A fused qkv or kv counts as the square matrices that it consists of.
-    """
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in shapes.items():
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                gradients = [p.grad for p in params]
-                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                update = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))  # Nesterov
-                side = columns if rows in (2 * columns, 3 * columns) else rows
-                update = orthogonalise(update.reshape(-1, side, columns)) * max(1, side / columns) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(update.view(-1, rows, columns)), alpha=-group["lr"])
-
-
-POLAR_EXPRESS = ((8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518), (3.3184, -2.4885, 0.5100),
-                 (2.3007, -1.6689, 0.4188))
-
-
-def orthogonalise(G):
-    """
-    (n, a, b) -> (n, a, b): nearly the nearest matrices whose singular values are all 1, by a quintic iteration with the
-    coefficients of Polar Express (arXiv 2505.16932).
-    """
-    X = G.bfloat16() if G.is_cuda else G.float()
-    wide = G.size(1) <= G.size(2)
-    X = X if wide else X.mT
-    X = X / (1.01 * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A²) X
-    return (X if wide else X.mT).to(G.dtype)
-
 
 def lr_factor(options, name):
     """The factor of the learning rate that options.lr_scale gives to a parameter; ValueError where it is not written so."""
@@ -443,7 +399,8 @@ def main():
         it, seen, seconds, best, running = (checkpoint[k] for k in ("iter", "seen", "seconds", "best", "running"))
     del checkpoint
     if options.compile:  # all but the head, which computes its own gradients
-        model.hidden, teacher.hidden = torch.compile(model.hidden), torch.compile(teacher.hidden)
+        for m in (model, teacher):
+            m.encode, m.hidden = torch.compile(m.encode), torch.compile(m.hidden)
     trained = DistributedDataParallel(model) if world > 1 else model
 
     split = read_split(options.data_dir, "train")
@@ -497,7 +454,7 @@ def main():
 
     order = lambda epoch: np.random.default_rng((options.seed, epoch)).permutation(N)
     orders = {}  # of the epochs that a batch touches
-    done, stop = progress(), False
+    done, stop, skipped = progress(), False, 0
     while done < 1 and not stop:
         began = time.perf_counter()
         position = np.arange(seen, seen + options.batch_size)
@@ -535,27 +492,36 @@ def main():
                 (loss * (world / tokens)).backward()  # DDP takes the ranks' mean
             total += -rewards.sum() if options.samples else ce  # what is logged
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
+        finite = bool(norm.isfinite())  # the same on all ranks, for the gradients are
+        it, seen, skipped = it + 1, seen + options.batch_size, 0 if finite else skipped + 1
         for optimizer in optimizers:
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        it, seen = it + 1, seen + options.batch_size
-        update_teacher(teacher, model, min(options.momentum, (1 + it) / (10 + it)))
+        if finite:
+            update_teacher(teacher, model, min(options.momentum, (1 + it) / (10 + it)))
+        elif skipped == MOST_SKIPPED:
+            raise ArithmeticError(f"step {it}: the gradient was NaN or infinite {skipped} steps in a row: lower the learning rate "
+                                  f"(now {optimizers[0].param_groups[0]['lr']:.2e}); the last checkpoint is sound")
+        else:
+            log(f"step {it}: the gradient is NaN or infinite: this step is skipped", skipped=skipped)
 
         # what all ranks must agree on: the loss, rank 0's clock, whether anyone was asked to stop
-        agreed = torch.tensor([total.item(), (time.perf_counter() - began) * (rank == 0), len(signals)], dtype=torch.float64)
+        agreed = torch.tensor([total.item() if finite else 0, (time.perf_counter() - began) * (rank == 0), len(signals)], dtype=torch.float64)
         if world > 1:
             dist.all_reduce(agreed)
         ce, elapsed, stop = agreed.tolist()
         seconds += elapsed
         done = progress()
-        running = [a + b for a, b in zip(running, (ce, float(tokens), len(pictures), int(captions_of[pictures].sum()), elapsed))]
+        running = [a + b for a, b in zip(running, (ce, float(tokens) * finite, len(pictures), int(captions_of[pictures].sum()), elapsed))]
         if it % options.log_interval == 0:
             ce, tokens, n_images, n_captions, elapsed = running
             running = [0.0] * 5
-            record = dict(epoch=seen / N, seconds=seconds, loss=ce / tokens, lr=optimizers[0].param_groups[0]["lr"],
-                          grad_norm=norm.item(), images_per_s=n_images / elapsed, captions_per_s=n_captions / elapsed)
+            loss = ce / tokens if tokens else None
+            record = dict(epoch=seen / N, seconds=seconds, loss=loss, lr=optimizers[0].param_groups[0]["lr"],
+                          grad_norm=norm.item() if finite else None, images_per_s=n_images / elapsed, captions_per_s=n_captions / elapsed)
             left = seconds * (1 - done) / done
-            log(f"step {it} | epoch {seen / N:.2f} | loss {ce / tokens:.4f} | lr {record['lr']:.2e} | {n_images / elapsed:.1f} "
+            log(f"step {it} | epoch {seen / N:.2f} | loss {math.nan if loss is None else loss:.4f} | lr {record['lr']:.2e} | {n_images / elapsed:.1f} "
                 f"pictures/s | {int(left // 60)}:{int(left % 60):02d} left", **record)
         if it % options.eval_interval == 0 or done >= 1:
             model.eval()
