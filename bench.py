@@ -113,7 +113,7 @@ class PeakMemory(threading.Thread):
 # ---- training
 
 def step_flops(options, captions):
-    """Useful FLOPs of one forward pass, (of all, of what the teacher repeats: the same), for captions from model.pack."""
+    """Useful FLOPs of one forward pass for captions from model.pack."""
     C, N, n = options.n_embd, options.n_patch, len(captions["tokens"])
     B = len(captions["segment"])
     lengths = (captions["position"] + 1).double()  # of what each token may see in its caption
@@ -134,7 +134,7 @@ def step_flops(options, captions):
     crosses = sum((options.n_layer_decoder - 1 - i) % options.cross_every == 0
                   for i in range(options.n_layer_decoder)) if options.bridge != "prefix" else 0
     inputs = n + B * P
-    decoder = options.n_layer_decoder * (24 * inputs * C * C + 4 * C * (float(lengths.sum()) + n * P + B * P * P / 2))
+    decoder = options.n_layer_decoder * (24 * inputs * C * C + 4 * C * (float(lengths.sum()) + n * P + B * P * P))
     decoder += crosses * (4 * inputs * C * C + 4 * B * memory * C * C + 4 * inputs * memory * C) + 2 * B * P * C * C
     return encoder + decoder + 2 * n * C * VOCAB
 
@@ -215,18 +215,21 @@ def make_peer(options, vocab_size, device):
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         ViTConfig(hidden_size=C, num_hidden_layers=options.n_layer_encoder, num_attention_heads=options.n_head,
                   intermediate_size=4 * C, image_size=options.image_size, patch_size=options.patch_size),
-        GPT2Config(vocab_size=vocab_size, n_positions=64, n_embd=C, n_layer=options.n_layer_decoder, n_head=options.n_head,
+        GPT2Config(vocab_size=vocab_size, n_positions=options.block_size, n_embd=C, n_layer=options.n_layer_decoder, n_head=options.n_head,
                    add_cross_attention=True, bos_token_id=0, eos_token_id=vocab_size - 1))
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = vocab_size - 1, 0, vocab_size - 1
     model = VisionEncoderDecoderModel(config=config).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    pictures = torch.randn(10 * options.batch_size, 3, options.image_size, options.image_size, device=device)
 
     def step(captions):
         ends = (captions["position"] == 0).nonzero()[:, 0].tolist() + [len(captions["tokens"])]
         rows = [captions["targets"][a:b] for a, b in zip(ends[:-1], ends[1:])]
         labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(device)
-        pictures = torch.randn(len(rows), 3, options.image_size, options.image_size, device=device)  # one for each caption
-        model(pixel_values=pictures, labels=labels).loss.backward()
+        with autocast:
+            loss = model(pixel_values=pictures[:len(rows)], labels=labels).loss  # a picture for each caption
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -247,8 +250,10 @@ def bench_train(options, device, peer):
             steps[name], captions, timed = make_step(changed, device, dtype)
             if not changes:
                 config_parts, config_step = timed, steps[name]
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 config_step(), config_step()
-                memory = peak.mb
+                memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak.mb
     flops = step_flops(options, captions)
     n_captions = int((captions["position"] == 0).sum())
     functions = {"matmul": lambda: [a @ a for _ in range(8)], **steps}
@@ -266,7 +271,6 @@ def bench_train(options, device, peer):
         if peer:
             for other in ("peer, the same vocabulary", "peer, GPT-2's vocabulary"):
                 results[name][f"times {other}"] = seconds[other] / seconds[name]
-    memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else memory
     return dict(rates=results, matmul_gflops=rate / 1e9, useful_gflop_forward=flops / 1e9, memory_mb=memory,
                 parts={part: statistics.median(p[part] for p in parts) for part in parts[0]})
 
@@ -378,6 +382,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         options, _ = train.read_options([args.config, f"--data_dir={folder / 'data'}"])
+        if options.encoder or options.decoder:
+            raise UserError("the formula for FLOPs is for models of our own: give a config without pretrained parts")
         rng, n = np.random.default_rng(0), max(64, 2 * options.batch_size)
         images = [np.asarray(draw_picture(rng, options.image_size, options.image_size)) for _ in range(n)]
         texts = draw_captions(5 * n)

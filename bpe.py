@@ -115,6 +115,7 @@ def keep_used(ranks, pattern, texts):
 PATTERNS = {"ByteLevel": GPT2_PATTERN,
             "Punctuation ByteLevel Digits Split": r"[!-/:-@\[-`{-~\p{P}]++|\p{Nd}{3}|\p{Nd}{1,2}|\p{N}++| ?\p{L}++"
                                                   r"| ?[^\s\p{L}\p{N}\p{P}!-/:-@\[-`{-~]++|\s++$|\s+(?!\S)|\s"}
+DECODER_PATTERNS = dict(zip(("gpt2", "falcon"), PATTERNS.values()))
 
 
 def read_hub_tokenizer(path):

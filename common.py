@@ -10,6 +10,11 @@ import time
 
 import requests
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 HUB, WEIGHTS = "https://huggingface.co", "data/weights"  # other people's models: where they are, and where they are kept
 TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
 
@@ -43,6 +48,10 @@ def run(main):
         message, code = f"error: {error}", 1
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        message, code = f"error: out of memory: take smaller batches or pictures ({error})", 1
     print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
@@ -87,6 +96,16 @@ def download(url, path, token=None):
     (Range and If-Range, RFC 9110). After TRIES tries that get no further, or a status that waiting won't change, an
     OSError.
     """
+    with open(f"{path}.lock", "w") as lock:  # of several processes that want it, one fetches it
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        fetch(url, path, token)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(lock.name)
+
+
+def fetch(url, path, token):
+    """What download does, alone with the file."""
     part, tag, failures, best = f"{path}.part", f"{path}.part.tag", 0, 0
     while not os.path.exists(path):
         have, headers = 0, {"Accept-Encoding": "identity"}  # lengths and ranges shall be the file's own

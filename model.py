@@ -55,14 +55,17 @@ class ModelOptions:
 
     def check(self):
         """Raises ValueError with one line for a combination that can't be built."""
-        for name, allowed in dict(stem=("conv", "patch"), bridge=("cross", "prefix", "both"), decoder_family=("own", "gpt2", "falcon"),
-                                  encoder_family=("own", "vit", "deit", "dinov2", "clip")).items():
+        for name, allowed in dict(stem=("conv", "patch"), bridge=("cross", "prefix", "both"), encoder_family=FAMILIES,
+                                  decoder_family=FAMILIES).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("image_size", "patch_size", "n_layer_encoder", "n_layer_decoder", "n_head", "n_embd", "cross_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.bag < 0:
+        for name in ("n_embd_encoder", "n_head_encoder"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not self.bag >= 0:
             raise ValueError(f"bag must be 0 or more, not {self.bag}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
@@ -390,7 +393,7 @@ class HeadLoss(torch.autograd.Function):
         V, (needs_gradient, needs_weight) = len(weight), ctx.needs_input_grad[:2]
         alpha = 0.0 if soft_hidden is None else alpha
         chunk = max((2**21 if hidden.device.type == "cpu" else 2**26) // V, 1)
-        loss, ce = hidden.new_zeros(()), hidden.new_zeros(())
+        loss, ce = (hidden.new_zeros((), dtype=torch.float32) for _ in range(2))
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if needs_weight else None
         for i in range(0, len(hidden), chunk):
@@ -512,8 +515,9 @@ class Captioner(nn.Module):
         if teacher is not None and alpha:
             with torch.no_grad():
                 soft = teacher.hidden(teacher.encode(images), **inputs), teacher.wte.weight
-        loss, ce = head_loss(self.hidden(memory, **inputs), self.wte.weight, targets, captions.get("factor"), *soft, alpha, smoothing)
-        if self.options.bag and self.training:
+        weight = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()  # which tells HeadLoss that none is wanted
+        loss, ce = head_loss(self.hidden(memory, **inputs), weight, targets, captions.get("factor"), *soft, alpha, smoothing)
+        if self.options.bag and self.training and "factor" not in captions:
             guess = F.linear(self.bag(memory.mean(1)), self.wte.weight).float().log_softmax(-1)  # (B, V)
             loss = loss - self.options.bag * guess[captions["slot"] // captions["segment"].size(1), targets].sum()
         return loss, ce
@@ -567,7 +571,7 @@ class Captioner(nn.Module):
             repeats = (grams[..., :-1] == last[:, None]).all(-1)
             logp.scatter_add_(1, grams[..., -1], torch.zeros_like(grams[..., -1], dtype=logp.dtype)
                               .masked_fill_(repeats, -math.inf))
-        logp[:, self.eot_token] = end if t >= min_tokens else -math.inf
+        logp[:, self.eot_token] = end if t >= min(min_tokens, max_tokens) else -math.inf
         if t >= max_tokens:
             logp[:, :self.eot_token] = -math.inf
         return logp

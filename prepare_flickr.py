@@ -40,7 +40,7 @@ from common import Parser, UserError, atomic_write, download, progress, run
 SPLITS = "train", "val", "test"
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
-HUB = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
+FLICKR30K_URL = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
 FLICKR30K = {"train": 29000, "val": 1014, "test": 1000}  # pictures of Karpathy's split
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,10 +92,13 @@ def list_images(source):
     elif not os.path.exists(source):
         raise UserError(f"--images {source}: no such file or folder")
     elif zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for info in archive.infolist():
-                if not info.is_dir():
-                    entries.setdefault(info.filename, info)
+        try:
+            with zipfile.ZipFile(source) as archive:
+                for info in archive.infolist():
+                    if not info.is_dir():
+                        entries.setdefault(info.filename, info)
+        except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+            raise UserError(f"--images {source}: a damaged zip: {error}") from None
         if any(info.flag_bits & 1 for info in entries.values()):
             raise UserError(f"--images {source}: the zip is encrypted: unpack it and give the folder")
     else:
@@ -131,7 +134,7 @@ def decode(task):
     source, entry, size = task
     try:
         return load_image(read_entry(source, entry), size)
-    except (UserError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except (UserError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
         return str(error)
 
 
@@ -236,7 +239,7 @@ def read_captions(path, skipped=None):
             if skipped is None:
                 raise UserError(malformed)
             skipped.append(malformed)
-        elif SYNONYMS.get(split, split) not in (None, *SPLITS):
+        elif not isinstance(split, str | None) or SYNONYMS.get(split, split) not in (None, *SPLITS):
             raise UserError(f"{path}, {where}: split {split!r}, expected train, val or test")
         else:
             name = name.strip().replace("\\", "/").removeprefix("./")
@@ -418,14 +421,19 @@ def read_records(data_dir, split):
         return [json.loads(line) for line in file]
 
 
+def written_files(out_dir):
+    """The paths that preparing writes: meta.json first, without which none of the others counts."""
+    files = [f"{split}{end}" for split in SPLITS for end in
+             ("_images.bin", "_tokens.bin", "_captions.bin", "_index.bin", ".jsonl")]
+    return [f"{out_dir}/{file}" for file in ("meta.json", *files, "tokenizer.tiktoken", "token_ids.bin", "skipped.txt")]
+
+
 def clear(out_dir):
     """Makes the folder, and removes what an earlier run left there: meta.json first, so that no half looks whole."""
     os.makedirs(out_dir, exist_ok=True)
-    files = [f"{split}{end}" for split in SPLITS for end in
-             ("_images.bin", "_tokens.bin", "_captions.bin", "_index.bin", ".jsonl")]
-    for file in ("meta.json", *files, "tokenizer.tiktoken", "token_ids.bin", "skipped.txt"):
+    for path in written_files(out_dir):
         with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{out_dir}/{file}")
+            os.remove(path)
 
 
 def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192, source=None):
@@ -492,7 +500,8 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
                                  "longest": int(np.diff(starts).max(initial=0))}
     n = len(splits["train"][0])
     images = np.memmap(f"{out_dir}/train_images.bin", np.uint8, "r", shape=(n, image_size ** 2, 3))
-    images = images[::-(-n // 256)] / 255  # 256 pictures tell mean and deviation well enough
+    some = min(256, max(1, 2 ** 24 // image_size ** 2))  # pictures that tell mean and deviation well enough
+    images = images[::-(-n // some)] / 255
     meta |= {"mean": images.mean((0, 1)).tolist(), "std": images.std((0, 1)).tolist(), "source": source or {}}
     fingerprint.update(json.dumps([meta["mean"], meta["std"]]).encode())  # so that other pixels are other data
     meta["fingerprint"] = fingerprint.hexdigest()
@@ -537,7 +546,7 @@ def read_all_captions(files, skipped):
     """[FILE or train=FILE, ...] -> {name: [captions]}, {name: split or None}; what is left out goes onto skipped."""
     captions, splits = {}, {}
     for file in files:
-        given, _, path = file.rpartition("=") if re.match(r"(train|val|test)=", file) else ("", "", file)
+        given, _, path = file.partition("=") if re.match(r"(train|val|test)=", file) else ("", "", file)
         malformed = []
         for name, text, split in read_captions(path, malformed):
             split = given or split
@@ -622,6 +631,8 @@ def prepare(args):
     if not args.force and up_to_date(args.out_dir, source):
         print(f"{args.out_dir} is prepared already, from the same: nothing to do (--force does it again)")
         return
+    if own := {os.path.realpath(path) for path in written_files(args.out_dir)} & {os.path.realpath(file) for file in files}:
+        raise UserError(f"{own.pop()} is read, but preparing would overwrite it: give another --out_dir")
     os.makedirs(args.out_dir, exist_ok=True)
     if args.url:
         for path in (*args.captions, args.images):
@@ -643,7 +654,7 @@ def prepare(args):
 
     # pictures: their places in the source, in the captions' order
     entries = list_images(args.images)
-    found, texts, split_of = match(splits, entries), defaultdict(list), {}
+    found, texts, split_of = match(captions, entries), defaultdict(list), {}
     for name, split in splits.items():
         path = found.get(name)
         for text in captions[name]:
@@ -705,7 +716,7 @@ def main():
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode pictures (default: all cores)")
     add("--force", action="store_true", help="replace what is in out_dir")
     add("--allow_missing", action="store_true", help="go on where more than 1 %% of pictures or captions can't be used")
-    add("--url", metavar="BASE", help=f"where to download Flickr30k from (default: {HUB})")
+    add("--url", metavar="BASE", help=f"where to download Flickr30k from (default: {FLICKR30K_URL})")
     add("--delete_archive", action="store_true", help="delete the downloaded archive once all is prepared")
     args = parser.parse_args()
     for name, least, most in (("image_size", 8, 4096), ("vocab_size", 257, 65536), ("workers", 1, 1024)):
@@ -722,7 +733,7 @@ def main():
         if os.path.commonpath([within := os.path.realpath(args.images), os.path.realpath(args.out_dir)]) == within:
             raise UserError(f"--out_dir {args.out_dir} lies within --images {args.images}: give another")
     else:
-        args.url, args.out_dir = args.url or HUB, args.out_dir or "data/flickr30k"
+        args.url, args.out_dir = args.url or FLICKR30K_URL, args.out_dir or "data/flickr30k"
         if not re.match("https?://", args.url):
             raise UserError(f"--url {args.url}: expected http:// or https://")
         args.images = f"{args.out_dir}/flickr30k-images.zip"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import common
 from common import UserError, download
-from model import Captioner
+from model import FAMILIES, Captioner
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
@@ -107,7 +107,7 @@ def read_safetensors(path):
             length = int.from_bytes(file.read(8), "little")
             check(size >= 8 and length <= min(size - 8, 100_000_000), f"a header of {length:,} bytes in a file of {size:,}")
             header = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its header is no JSON ({error})") from None
     check(isinstance(header, dict), "its header is no JSON object")
     header.pop("__metadata__", None)
@@ -116,8 +116,8 @@ def read_safetensors(path):
     for name, entry in header.items():
         check(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys(), f"{name} lacks dtype, shape or offsets")
         shape, offsets = entry["shape"], entry["data_offsets"]
-        check(entry["dtype"] in DTYPES, f"{name} has the unknown dtype {entry['dtype']!r}")
-        check(all(isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers) for numbers in (shape, offsets))
+        check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, f"{name} has the unknown dtype {entry['dtype']!r}")
+        check(all(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2 ** 62 for n in numbers) for numbers in (shape, offsets))
               and len(offsets) == 2, f"{name} has the shape {shape} and the offsets {offsets}")
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
@@ -144,7 +144,12 @@ def read_weights(folder):
 def read_pickle(path):
     """pytorch_model.bin -> {name: tensor}; only tensors are unpickled, never code."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"  # files older than torch 1.6 can't be mapped
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
+            raise ValueError("no dict of tensors")
+        return tensors
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{path} can't be read as weights ({type(error).__name__}: {str(error).splitlines()[0]})") from None
 
@@ -155,24 +160,32 @@ class Tensors:
     def __init__(self, tensors, prefixes):
         strip = re.compile(f"^({'|'.join(prefixes)})")
         self.tensors = {strip.sub("", name): tensor for name, tensor in tensors.items()}
-        self.left, self.missing = set(self.tensors), []
+        self.left = set(self.tensors)
 
-    def __call__(self, name, shape=None):
-        self.left.discard(name)
+    def __call__(self, name):
         if name not in self.tensors:
-            self.missing.append(name)
-            return torch.zeros(())
+            raise UserError(f"the weights lack {name}: they have {', '.join(sorted(self.tensors)[:3])} and others")
+        self.left.discard(name)
         return self.tensors[name]
 
 
 # ---- families: config.json -> our options; their tensors -> ours
 
+GELU_TANH = "gelu_new", "gelu_pytorch_tanh"  # the same under two names
+
+
+def expect(config, **wanted):
+    """UserError where config.json says otherwise than the wanted value (or one of a tuple); what it doesn't say is as wanted."""
+    for name, value in wanted.items():
+        if name in config and config[name] not in (value if isinstance(value, tuple) else (value,)):
+            raise UserError(f"a {config['model_type']} whose {name} is {config[name]!r}: only {value!r} is supported")
+
+
 def vit_options(config):
     """ViT, DeiT, DINOv2 and CLIP's vision tower."""
     family = {"clip_vision_model": "clip"}.get(config["model_type"], config["model_type"])
-    if config.get("use_swiglu_ffn") or config.get("mlp_ratio", 4) != 4 or \
-            config.get("intermediate_size", 4 * config["hidden_size"]) != 4 * config["hidden_size"]:
-        raise UserError(f"a {family} whose MLP is not four times as wide as the rest, or gated: not supported")
+    expect(config, use_swiglu_ffn=False, mlp_ratio=4, intermediate_size=4 * config["hidden_size"], qkv_bias=True,
+           hidden_act="quick_gelu" if family == "clip" else "gelu", layer_norm_eps=FAMILIES[family]["eps"])
     return dict(encoder_family=family, stem="patch", patch_size=config["patch_size"], n_layer_encoder=config["num_hidden_layers"],
                 n_head_encoder=config["num_attention_heads"], n_embd_encoder=config["hidden_size"])
 
@@ -205,33 +218,28 @@ def vit_weights(tensors, options):
                   "mlp.proj": f"{theirs}.mlp.fc2" if clip or dino else f"{theirs}.output.dense"}
         for part in ("weight", "bias"):
             names |= {f"blocks.{i}.{name}.{part}": f"{other}.{part}" for name, other in layers.items()}
-            ours[f"blocks.{i}.attention.qkv.{part}"] = concatenate([T(f"{attention}.{x}.{part}") for x in (q, k, v)])
+            ours[f"blocks.{i}.attention.qkv.{part}"] = torch.cat([T(f"{attention}.{x}.{part}") for x in (q, k, v)])
         if dino:
             names |= {f"blocks.{i}.scale{n}": f"{theirs}.layer_scale{n}.lambda1" for n in (1, 2)}
     ours |= {name: T(other) for name, other in names.items() if other}
-    return ours, T, r"pooler|classifier|mask_token|post_layernorm|cls_classifier|distillation_classifier|text_|visual_projection|" \
-                    r"logit_scale|position_ids"
+    return ours, T, r"pooler|classifier|mask_token|post_layernorm|text_|visual_projection|logit_scale|position_ids"
 
 
 def resize_positions(positions, n_class, options):
     """Learned positions (n_class + g², C) of a g × g grid -> (n_class + n_patch, C) of ours, bicubic as transformers does."""
     grid = math.isqrt(max(len(positions) - n_class, 1))
     new = options.image_size // options.patch_size
-    if grid == new or positions.ndim < 2:
+    if grid == new:
         return positions
     square = positions[n_class:].float().T.reshape(1, -1, grid, grid)
     square = F.interpolate(square, (new, new), mode="bicubic", align_corners=False)
     return torch.cat([positions[:n_class].float(), square[0].flatten(1).T])
 
 
-def concatenate(parts):
-    """Several tensors as one along their first dimension; what is missing is told later."""
-    return torch.cat([part.reshape(-1, *part.shape[1:]) if part.ndim else part[None] for part in parts]) if all(p.ndim for p in parts) \
-        else torch.zeros(())
-
-
 def gpt2_options(config):
     """GPT-2 and DistilGPT-2."""
+    expect(config, activation_function=GELU_TANH, layer_norm_epsilon=1e-5, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True,
+           n_inner=(None, 4 * config["n_embd"]), tie_word_embeddings=True)
     return dict(decoder_family="gpt2", n_layer_decoder=config["n_layer"], n_head=config["n_head"], n_embd=config["n_embd"]), \
         config["vocab_size"]
 
@@ -252,9 +260,9 @@ def gpt2_weights(tensors, options):
 
 def falcon_options(config):
     """falcon-7b and models built like it: rotary, multi-query, parallel."""
-    if config.get("new_decoder_architecture") or config.get("alibi") or config.get("bias") or \
-            not (config.get("multi_query", True) and config.get("parallel_attn", True)):
-        raise UserError("a Falcon of another architecture than falcon-7b's (multi-query, parallel, rotary, no bias): not supported")
+    expect(config, new_decoder_architecture=False, alibi=False, bias=False, multi_query=True, parallel_attn=True, activation="gelu",
+           layer_norm_epsilon=1e-5, tie_word_embeddings=True, ffn_hidden_size=4 * config["hidden_size"], rope_theta=10000.0)
+    expect({"model_type": "falcon", **(config.get("rope_parameters") or {})}, rope_type="default", rope_theta=10000.0)
     n_layer, n_head = (config.get(a, config.get(b)) for a, b in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")))
     return dict(decoder_family="falcon", n_layer_decoder=n_layer, n_head=n_head, n_embd=config["hidden_size"]), \
         config["vocab_size"]
@@ -286,10 +294,8 @@ def find(config, families, what):
 
 
 def check_fit(module, found, source):
-    """-> {our name: tensor}; UserError that lists what is missing, unexpected or of another shape than the module's."""
+    """-> {our name: tensor}; UserError that lists what is unexpected or of another shape than the module's."""
     ours, T, ignored = found
-    if T.missing:
-        raise UserError(f"{source} lacks {len(T.missing)} tensors: {', '.join(T.missing[:5])}")
     if unexpected := sorted(name for name in T.left if not re.search(ignored, name)):
         raise UserError(f"{source} holds {len(unexpected)} tensors that have no place: {', '.join(unexpected[:5])}")
     parameters = dict(module.named_parameters())
@@ -305,17 +311,22 @@ def part_options(encoder="", decoder=""):
     and deviation that the encoder's pictures had or None). Downloads them.
     """
     fixed, vocab_size, normalisation = {}, None, None
-    if encoder:
-        folder = fetch(encoder)
-        config = read_config(folder)
-        fixed |= find(config, ENCODERS, "encoder")[0](config)
-        pixels = json.loads((folder / "preprocessor_config.json").read_text()) if (folder / "preprocessor_config.json").exists() else {}
-        default = NORMALISATION[fixed["encoder_family"]]
-        normalisation = pixels.get("image_mean", default[0]), pixels.get("image_std", default[1])
-    if decoder:
-        config = read_config(fetch(decoder))
-        decoder_options, vocab_size = find(config, DECODERS, "decoder")[0](config)
-        fixed |= decoder_options
+    try:
+        if encoder:
+            folder = fetch(encoder)
+            config = read_config(folder)
+            fixed |= find(config, ENCODERS, "encoder")[0](config)
+            pixels = folder / "preprocessor_config.json"
+            pixels = json.loads(pixels.read_text()) if pixels.exists() else {}
+            default = NORMALISATION.get(fixed["encoder_family"], IMAGENET)
+            normalisation = pixels.get("image_mean", default[0]), pixels.get("image_std", default[1])
+        if decoder:
+            config = read_config(fetch(decoder))
+            decoder_options, vocab_size = find(config, DECODERS, "decoder")[0](config)
+            fixed |= decoder_options
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(f"{encoder} {decoder}: config.json or preprocessor_config.json lacks something or is damaged "
+                        f"({type(error).__name__}: {error})") from None
     return fixed, vocab_size, normalisation
 
 
@@ -325,16 +336,19 @@ def load_parts(model, encoder="", decoder="", ids=None):
     mapped from the files where they can be. ids: which rows of the decoder's vocabulary the model's tokens are (None: all).
     """
     loaded = {}
-    if encoder:
-        folder = fetch(encoder)
-        found = find(read_config(folder), ENCODERS, "encoder")[1](read_weights(folder), model.options)
-        loaded |= {f"encoder.{name}": tensor for name, tensor in check_fit(model.encoder, found, encoder).items()}
-    if decoder:
-        folder = fetch(decoder)
-        ours, T, ignored = find(read_config(folder), DECODERS, "decoder")[1](read_weights(folder), model.options)
-        if ids is not None and ours["wte.weight"].ndim == 2:
-            ours["wte.weight"] = ours["wte.weight"][torch.tensor(ids)]
-        loaded |= check_fit(model, (ours, T, ignored), decoder)
+    try:
+        if encoder:
+            folder = fetch(encoder)
+            found = find(read_config(folder), ENCODERS, "encoder")[1](read_weights(folder), model.options)
+            loaded |= {f"encoder.{name}": tensor for name, tensor in check_fit(model.encoder, found, encoder).items()}
+        if decoder:
+            folder = fetch(decoder)
+            ours, T, ignored = find(read_config(folder), DECODERS, "decoder")[1](read_weights(folder), model.options)
+            if ids is not None:
+                ours["wte.weight"] = ours["wte.weight"][torch.tensor(ids)]
+            loaded |= check_fit(model, (ours, T, ignored), decoder)
+    except (RuntimeError, IndexError) as error:
+        raise UserError(f"{folder}: tensors of other shapes than config.json says: {' '.join(str(error).split())[:200]}") from None
     return loaded
 
 

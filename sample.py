@@ -263,7 +263,9 @@ def main():
                 failed += 1
         if not batch:
             continue
-        results = caption_images(captioner, np.stack([image for _, image, _ in batch]), beam=args.beam or 3, **limits)
+        results = caption_images(captioner, np.stack([image for _, image, _ in batch]), beam=args.beam or 3,
+                                 batch_size=args.batch_size, **limits)
+        limits["seed"] += len(batch)  # other draws for other pictures
         for (name, image, references), captions in zip(batch, results):
             if args.json:
                 print(json.dumps({"image": name, "captions": captions}, ensure_ascii=False))

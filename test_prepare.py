@@ -726,7 +726,7 @@ def test_flickr30k_from_a_mirror(mirror, source, capsys, monkeypatch):
     ({"split_files": ["a", "b", "c", "d"]}, "found 4 files"),
     ({"url": "http://x"}, "--url and --delete_archive are for the download"),
     ({"images": None, "captions": None, "url": "ftp://x"}, "expected http:// or https://"),
-    ({"tokenizer": "nowhere"}, "nowhere: no such file"),
+    ({"tokenizer": "nowhere"}, "--tokenizer nowhere: not bpe, gpt2"),
 ])
 def test_mistakes_are_one_line(source, capsys, monkeypatch, changed, message):
     monkeypatch.chdir(source)

@@ -279,8 +279,8 @@ def test_lora_on_a_frozen_encoder_is_trained_saved_resumed_and_sampled(prepared,
     saved = set(checkpoint["model"])
     assert "blocks.0.attention.qkv.A" in saved and "blocks.0.cross.q.weight" in saved
     assert not {name for name in saved if name.startswith(("encoder.blocks", "wte", "blocks.0.attention.qkv.base"))}
-    assert os.path.getsize(tmp_path / "whole" / "best.pt") < 0.7 * os.path.getsize(prepared / "gpt2" / "model.safetensors") \
-        + os.path.getsize(prepared / "vit" / "model.safetensors")
+    assert os.path.getsize(tmp_path / "whole" / "best.pt") < 0.9 * sum(
+        os.path.getsize(prepared / part / "model.safetensors") for part in ("gpt2", "vit"))
     assert checkpoint["model"]["blocks.0.attention.qkv.B"].abs().max() > 0
     assert len(checkpoint["tokenizer"]["ids"]) == load_meta(prepared / "data")["vocab_size"]
     captioner = load(tmp_path / "whole")
@@ -319,7 +319,8 @@ def test_the_first_loss_is_the_language_models_own(prepared, tmp_path):
 @pytest.mark.parametrize("changed, message", [
     (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"), (["--n_embd=64"], "n_embd is 32 in"),
     (["--lr_scale=encoder"], "PATTERN=FACTOR"), (["--decoder=", "--lora_rank=2"], "lora_rank is for a pretrained decoder"),
-    (["--lora_rank=2", "--lora_targets=nothing"], "matches no linear layer"),
+    (["--lora_rank=2", "--lora_targets=nothing"], "matches no linear layer"), (["--lr_scale=encodr=0.1"], "found in no trained"),
+    (["--lora_rank=2", "--lora_targets=("], "no regular expression"), (["--encoder=", "--freeze_encoder"], "for a pretrained encoder"),
 ])
 def test_mistakes_are_one_line(prepared, tmp_path, changed, message):
     done = begin(prepared, tmp_path / "out", *changed, check=False)
@@ -449,7 +450,7 @@ def test_shards_pickles_and_what_does_not_fit(tmp_path):
     torch.save(load_file(tmp_path / "one" / "model.safetensors"), tmp_path / "pickle" / "pytorch_model.bin")
     torch.testing.assert_close(captioner(str(tmp_path / "pickle")).encoder(images), expected)
     tensors = load_file(tmp_path / "one" / "model.safetensors")
-    for change, message in ((lambda d: d.pop("vit.layernorm.weight"), "lacks 1 tensors: layernorm.weight"),
+    for change, message in ((lambda d: d.pop("vit.layernorm.weight"), "lack layernorm.weight"),
                             (lambda d: d.update({"vit.encoder.layer.9.x": torch.zeros(1)}), "no place: encoder.layer.9.x"),
                             (lambda d: d.update({"vit.layernorm.bias": torch.zeros(3)}), r"norm.bias has the shape \(3,\), expected \(32,\)")):
         changed = dict(tensors)

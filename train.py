@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from bpe import DECODER_PATTERNS
 from common import Parser, UserError, atomic_write, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import ModelOptions, pack
@@ -41,7 +42,7 @@ class Options(ModelOptions):
     data_dir: str = "data/flickr8k"   # what prepare wrote
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
     init_from: str = "scratch"        # "scratch", "resume" (out_dir/last.pt, or start if there is none), or a checkpoint to fine-tune
-    force: bool = False               # let "scratch" overwrite an out_dir that holds last.pt
+    force: bool = False               # overwrite an out_dir that holds last.pt
     # how much
     batch_size: int = 32              # pictures a step, over all ranks and micro-steps
     grad_accum: int = 1               # micro-steps a step: the same result in less memory
@@ -94,7 +95,7 @@ MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, after which tr
 # ---- options
 
 def read_options(argv):
-    """Command line -> (Options, the names that it set itself). Exits with one line for what is wrong."""
+    """Command line -> (Options, {option: what set it, the command line or the config's name}). UserError for what is wrong."""
     parser = Parser(prog="train.py", description=__doc__, add_help=True)
     parser.add_argument("config", nargs="?", help="a Python file that sets options")
     comments = dict(re.findall(r"(\w+): \w+ = [^#\n]+# (.*)", inspect.getsource(ModelOptions) + inspect.getsource(Options)))
@@ -102,12 +103,12 @@ def read_options(argv):
         parser.add_argument(f"--{f.name}", **(dict(nargs="?", const="True") if f.type is bool else {}),
                             help=f"{comments.get(f.name, '')} (default: {f.default})".replace("%", "%%").strip())
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    options = Options()
-    if config := given.pop("config", None):
-        for name, value in read_config(config).items():
-            set_option(options, name, value, config)
-    for name, value in given.items():
-        set_option(options, name, value, "command line")
+    options, explicit = Options(), {}
+    config = given.pop("config", None)
+    for source, values in ((config, read_config(config) if config else {}), ("command line", given)):
+        for name, value in values.items():
+            set_option(options, name, value, source)
+            explicit[name] = source
     for name, allowed in dict(optimizer=("adamw", "muon"), dtype=("auto", "bfloat16", "float32")).items():
         if getattr(options, name) not in allowed:
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(options, name)!r}")
@@ -122,8 +123,9 @@ def read_options(argv):
         raise UserError("self-critical training compares samples of one picture: samples must be 2 or more, alpha and smoothing 0")
     if not options.max_iters and not options.max_minutes:
         raise UserError("nothing says when to stop: give --max_iters or --max_minutes, or a config that does")
-    if options.lora_rank and not options.decoder:
-        raise UserError("lora_rank is for a pretrained decoder: name one with --decoder")
+    for name, part in dict(lora_rank="decoder", freeze_encoder="encoder").items():
+        if getattr(options, name) and not getattr(options, part):
+            raise UserError(f"{name} is for a pretrained {part}: name one with --{part}")
     if options.encoder or options.decoder:
         from pretrained import part_options
         for name, value in part_options(options.encoder, options.decoder)[0].items():
@@ -132,10 +134,14 @@ def read_options(argv):
             setattr(options, name, value)
     try:
         options.check()
-        lr_factor(options, "")
-    except (ValueError, re.error) as e:
+        lr_factors(options)
+    except ValueError as e:
         raise UserError(str(e)) from None
-    return options, set(given)
+    try:
+        re.compile(options.lora_targets)
+    except re.error as e:
+        raise UserError(f"lora_targets {options.lora_targets!r} is no regular expression: {e}") from None
+    return options, explicit
 
 
 def read_config(path):
@@ -234,24 +240,33 @@ def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
 
 # ---- optimizer
 
-def lr_factor(options, name):
-    """The factor of the learning rate that options.lr_scale gives to a parameter; ValueError where it is not written so."""
+def lr_factors(options):
+    """options.lr_scale -> {regular expression: factor of the learning rate}; ValueError where it is not written so."""
+    factors = {}
     for part in options.lr_scale.split():
         pattern, _, factor = part.rpartition("=")
+        try:
+            factors[re.compile(pattern)] = float(factor)
+        except (re.error, ValueError):
+            factor = -1
         if not pattern or not 0 <= float(factor) <= 1e3:
             raise ValueError(f"lr_scale takes PATTERN=FACTOR parts, such as 'encoder=0.1 wte=0.5', not {part!r}")
-        if re.search(pattern, name):
-            return float(factor)
-    return 1.0
+    return factors
 
 
 def make_optimizers(model, options):
     """A list: AdamW, and Muon for the matrices of the blocks where it is asked for. Only matrices decay."""
+    factors = lr_factors(options)
+    for pattern in factors:
+        if not any(p.requires_grad and pattern.search(name) for name, p in model.named_parameters()):
+            raise UserError(f"lr_scale: {pattern.pattern!r} is found in no trained parameter's name, such as "
+                            f"{', '.join([name for name, p in model.named_parameters() if p.requires_grad][:3])}")
     groups = {}  # (whether Muon's, weight decay, learning rate): parameters
     for name, p in model.named_parameters():
         if p.requires_grad:
             muon = options.optimizer == "muon" and p.ndim == 2 and "blocks." in name
-            lr = (options.muon_lr if muon else options.learning_rate) * lr_factor(options, name)
+            factor = next((factor for pattern, factor in factors.items() if pattern.search(name)), 1.0)
+            lr = (options.muon_lr if muon else options.learning_rate) * factor
             groups.setdefault((muon, options.weight_decay if p.ndim >= 2 else 0.0, lr), []).append(p)
     of = lambda wanted: [dict(params=params, weight_decay=decay, lr=lr) for (muon, decay, lr), params in groups.items() if muon == wanted]
     optimizers = [torch.optim.AdamW(of(False), lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)]
@@ -310,14 +325,15 @@ def validate(model, options, tokenizer, references, cider_refs, rank, world):
 # ---- the run
 
 def starting_point(options, explicit, tokenizer_text, fingerprint):
-    """What init_from names -> (checkpoint or None, whether to go on from it). Model options of a checkpoint hold."""
+    """
+    What init_from names -> (checkpoint or None, whether to go on from it). Model options of a checkpoint hold; those that the
+    command line (to resume: or the config) gives otherwise are refused. explicit: {option: who gave it}.
+    """
     last = Path(options.out_dir, "last.pt")
-    if options.init_from == "scratch":
-        if last.exists() and not options.force:
-            raise UserError(f"{last} exists: --init_from=resume goes on from it, --force starts over, --out_dir names another place")
-        return None, False
     resume = options.init_from == "resume"
-    if resume and not last.exists():
+    if not resume and last.exists() and not options.force:
+        raise UserError(f"{last} exists: --init_from=resume goes on from it, --force starts over, --out_dir names another place")
+    if options.init_from == "scratch" or resume and not last.exists():
         return None, False
     checkpoint = read_checkpoint(last if resume else options.init_from)
     if resume and "optimizer" not in checkpoint:
@@ -330,7 +346,7 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
                         f"--init_from={last} with another --out_dir to fine-tune")
     for name in sorted(MODEL - {"dropout"}):
         if (found := checkpoint["options"].get(name, getattr(Options, name))) != getattr(options, name):
-            if resume or name in explicit:
+            if name in explicit and (resume or explicit[name] == "command line"):
                 raise UserError(f"{name} is {getattr(options, name)} here but {found} in the checkpoint to start from")
             setattr(options, name, found)
     return checkpoint, resume
@@ -366,7 +382,11 @@ def main():
     tokenizer_text = Path(options.data_dir, "tokenizer.tiktoken").read_bytes()
     for split in ("train", "val"):
         if split not in meta["splits"]:
-            raise UserError(f"{options.data_dir} has no split {split!r}: training needs train and val")
+            raise UserError(f"{options.data_dir} has no split {split!r}, and training needs train and val: prepare it again with lists of "
+                            "names (--split_files TRAIN VAL) or with more pictures")
+    if options.decoder and meta["pattern"] != DECODER_PATTERNS[options.decoder_family]:
+        raise UserError(f"{options.data_dir} was prepared with another tokenizer than {options.decoder}'s: give prepare_flickr.py "
+                        f"--tokenizer {options.decoder}")
     checkpoint, resumed = starting_point(options, explicit, tokenizer_text, meta["fingerprint"])
     if options.image_size > meta["image_size"]:
         raise UserError(f"image_size {options.image_size} is more than the {meta['image_size']} that {options.data_dir} was prepared "
@@ -391,11 +411,16 @@ def main():
     it, seen, seconds, best, running = 0, 0, 0.0, -1.0, [0.0] * 5
     if resumed:
         restore(teacher, checkpoint["teacher"], frozen_names(model))
-        peaks = [[group["peak"] for group in optimizer.param_groups] for optimizer in optimizers]
-        for optimizer, state, peak in zip(optimizers, checkpoint["optimizer"], peaks):
-            optimizer.load_state_dict(state)
-            for group, p in zip(optimizer.param_groups, peak):  # the schedule is the command line's, not the checkpoint's
-                group["peak"] = p
+        if len(optimizers) != len(checkpoint["optimizer"]):
+            raise UserError(f"{options.out_dir}/last.pt was trained with another optimizer than {options.optimizer}")
+        for optimizer, state in zip(optimizers, checkpoint["optimizer"]):
+            given = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            try:
+                optimizer.load_state_dict(state)
+            except ValueError:
+                raise UserError(f"{options.out_dir}/last.pt was trained with another optimizer, lr_scale or weight_decay") from None
+            for group, own in zip(optimizer.param_groups, given):  # rates are the command line's, not the checkpoint's
+                group.update(own)
         it, seen, seconds, best, running = (checkpoint[k] for k in ("iter", "seen", "seconds", "best", "running"))
     del checkpoint
     if options.compile:  # all but the head, which computes its own gradients
@@ -447,6 +472,8 @@ def main():
         signal.signal(number, on_signal)
     if world > 1:
         dist.barrier()  # nobody writes before all have read
+    if rank == 0 and not resumed:
+        (out_dir / "best.pt").unlink(missing_ok=True)  # of the run that --force replaces
 
     def progress():  # of the schedule, 0 to 1
         by_iters = it / options.max_iters if options.max_iters else 0
@@ -470,6 +497,8 @@ def main():
         alpha = options.alpha * min(1, seen / N)
 
         model.train()
+        if options.freeze_encoder:
+            model.encoder.eval()  # no noise on what can't adapt to it
         total = torch.zeros(1, device=device)
         share = options.batch_size // (world * options.grad_accum)
         for micro in range(options.grad_accum):
@@ -537,7 +566,7 @@ def main():
             log("\n".join(f"  {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in r.items()) for name, r in results.items())
                 + "".join(f"\n    {text}    (a person: {refs[0]})" for text, refs in zip(texts[:3], references)), eval=results)
             save()
-    if signals or not done >= 1 or it % options.eval_interval:
+    if done < 1:
         save()
     if world > 1:
         dist.barrier()  # rank 0 is still writing: nobody leaves before it is done
