@@ -96,12 +96,15 @@ def download(url, path, token=None):
     (Range and If-Range, RFC 9110). After TRIES tries that get no further, or a status that waiting won't change, an
     OSError.
     """
-    with open(f"{path}.lock", "w") as lock:  # of several processes that want it, one fetches it
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        fetch(url, path, token)
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(lock.name)
+    lock = f"{path}.lock"
+    try:
+        with open(lock, "w") as file:  # of several processes that want it, one fetches it
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            fetch(url, path, token)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(lock)
 
 
 def fetch(url, path, token):

@@ -273,7 +273,7 @@ def begin(folder, out, *more, **kw):
 
 
 def test_lora_on_a_frozen_encoder_is_trained_saved_resumed_and_sampled(prepared, tmp_path):
-    lora = ["--freeze_encoder", "--lora_rank=2", "--lr_scale=cross=2 lora=0.5", "--learning_rate=0.01", "--alpha=0.3"]
+    lora = ["--freeze_encoder", "--lora_rank=2", "--lr_scale=cross=2 [AB]$=0.5", "--learning_rate=0.01", "--alpha=0.3"]
     begin(prepared, tmp_path / "whole", *lora)
     checkpoint = torch.load(tmp_path / "whole" / "best.pt", weights_only=True)
     saved = set(checkpoint["model"])

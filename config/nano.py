@@ -1,4 +1,5 @@
-# Flickr8k (or Flickr30k: --data_dir=data/flickr30k) in an hour on a laptop, without a GPU.
+# Flickr8k (or Flickr30k: --data_dir=data/flickr30k) in an hour on a laptop, without a GPU. On 2 cores of an AMD EPYC (AVX2) the
+# hour was 9.6 epochs; CIDEr 0.243 on dev by beam search (one caption for all: 0.097; people: 0.832), loss 3.04 nats a token.
 data_dir = "data/flickr8k"
 out_dir = "out/nano"
 max_minutes = 60
