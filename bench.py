@@ -368,6 +368,7 @@ def bench_prepare(folder):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = Parser(description="Speed beside the machine's limit and beside a peer.")
     parser.add_argument("what", nargs="?", default="all", choices=("train", "decode", "prepare", "all"))
     parser.add_argument("--config", default=str(HERE / "config/nano.py"), help="sizes and recipe (default: config/nano.py)")

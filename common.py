@@ -101,13 +101,13 @@ def download(url, path, token=None):
         with open(lock, "w") as file:  # of several processes that want it, one fetches it
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            fetch(url, path, token)
+            transfer(url, path, token)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(lock)
 
 
-def fetch(url, path, token):
+def transfer(url, path, token):
     """What download does, alone with the file."""
     part, tag, failures, best = f"{path}.part", f"{path}.part.tag", 0, 0
     while not os.path.exists(path):

@@ -356,6 +356,7 @@ def draw(path, names, texts, references, scores, pictures):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = Parser(description="Scores a captioner against what people wrote.")
     add = parser.add_argument
     add("--out_dir", default="out/nano", help="a checkpoint or the folder that holds it (default: %(default)s)")

@@ -47,7 +47,6 @@ class ModelOptions:
     cross_every: int = 1        # cross-attention in every so many-th decoder block, the last one always
     block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
     dropout: float = 0.0        # on embeddings and on what each sub-layer adds
-    bag: float = 0.0            # weight of a second loss in training: the words of the captions, guessed from the patches' mean alone
     encoder_family: str = "own"  # whose architecture, see FAMILIES: own, vit, deit, dinov2, clip
     decoder_family: str = "own"  # own, gpt2, falcon
     n_embd_encoder: int = 0     # of the encoder, where it differs from the decoder's; 0: the same
@@ -65,8 +64,6 @@ class ModelOptions:
         for name in ("n_embd_encoder", "n_head_encoder"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if not self.bag >= 0:
-            raise ValueError(f"bag must be 0 or more, not {self.bag}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.image_size % self.patch_size:
@@ -323,8 +320,8 @@ class Encoder(nn.Module):
         else:
             self.stem = PatchStem(options.patch_size, C, bias=options.encoder_family != "clip")
         if family.class_tokens:
-            self.class_tokens = nn.Parameter(torch.randn(family.class_tokens, C) * 0.02)
-            self.positions = nn.Parameter(torch.randn(family.class_tokens + options.n_patch, C) * 0.02)
+            self.class_tokens = nn.Parameter(torch.empty(family.class_tokens, C))
+            self.positions = nn.Parameter(torch.empty(family.class_tokens + options.n_patch, C))
         else:
             self.register_buffer("positions", sincos_2d(options.image_size // options.patch_size, C), persistent=False)
         self.norm_first = nn.LayerNorm(C, family.eps) if family.norm_first else nn.Identity()
@@ -332,7 +329,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(C, n_head, family, options.dropout) for _ in range(options.n_layer_encoder))
         self.norm = nn.LayerNorm(C, family.eps) if family.norm_last else nn.Identity()
         if options.n_query:
-            self.queries = nn.Parameter(torch.randn(options.n_query, C) * 0.02)
+            self.queries = nn.Parameter(torch.empty(options.n_query, C))
             self.pool = CrossAttention(C, n_head, C)
             self.norm_pool = nn.LayerNorm(C)
 
@@ -450,8 +447,6 @@ class Captioner(nn.Module):
         family = SimpleNamespace(**FAMILIES[options.decoder_family])
         if not family.rotary:
             self.wpe = nn.Embedding(options.block_size, options.n_embd)
-        if options.bag:
-            self.bag = nn.Linear(options.encoder_size[0], options.n_embd)
         if options.n_prefix:
             self.prefix = nn.Linear(options.encoder_size[0], options.n_embd)
         self.dropout = nn.Dropout(options.dropout)
@@ -516,11 +511,7 @@ class Captioner(nn.Module):
             with torch.no_grad():
                 soft = teacher.hidden(teacher.encode(images), **inputs), teacher.wte.weight
         weight = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()  # which tells HeadLoss that none is wanted
-        loss, ce = head_loss(self.hidden(memory, **inputs), weight, targets, captions.get("factor"), *soft, alpha, smoothing)
-        if self.options.bag and self.training and "factor" not in captions:
-            guess = F.linear(self.bag(memory.mean(1)), self.wte.weight).float().log_softmax(-1)  # (B, V)
-            loss = loss - self.options.bag * guess[captions["slot"] // captions["segment"].size(1), targets].sum()
-        return loss, ce
+        return head_loss(self.hidden(memory, **inputs), weight, targets, captions.get("factor"), *soft, alpha, smoothing)
 
     # ---- generation
 

@@ -701,6 +701,7 @@ def prepare(args):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = Parser(description="Pictures and captions into the binaries that train.py reads.")
     add = parser.add_argument
     add("--images", help="folder, .zip or .tar(.gz) of pictures; without it Flickr30k is downloaded (4.4 GB)")

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,18 +87,16 @@ def restore(model, state, frozen=None):
 
 def build(checkpoint):
     """A checkpoint's dict -> its Captioner, on the CPU, in eval mode, LoRA merged."""
-    own = dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0)
-    names = {f.name for f in fields(ModelOptions)}
-    options = ModelOptions(**{k: v for k, v in checkpoint["options"].items() if k in names})
-    parts = SimpleNamespace(**{**own, **checkpoint["options"]})
-    if not parts.freeze_encoder:  # then it is in the checkpoint, whole
-        parts.encoder = ""
-    if not parts.lora_rank:
-        parts.decoder = ""
-    options.__dict__.update({k: v for k, v in vars(parts).items() if k not in names})
+    options = ModelOptions()
+    for name, value in {**dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0), **checkpoint["options"]}.items():
+        setattr(options, name, value)
+    if not options.freeze_encoder:  # then it is in the checkpoint, whole
+        options.encoder = ""
+    if not options.lora_rank:
+        options.decoder = ""
     model = make_model(options, checkpoint.get("vocab_size") or len(checkpoint["model"]["wte.weight"]), ids=checkpoint["tokenizer"].get("ids"))
     restore(model, checkpoint["model"])
-    if parts.lora_rank:
+    if options.lora_rank:
         from pretrained import merge_lora
         merge_lora(model)
     return model.eval()
@@ -207,6 +204,7 @@ def find_pictures(paths, split, limit):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = Parser(description="Captions for pictures.")
     parser.add_argument("--image", nargs="+", required=True, metavar="PATH",
                         help="pictures, folders of pictures (any depth), '-' for one on stdin, or a prepared folder (data/NAME)")

@@ -362,6 +362,7 @@ def cut_log(path, it):
 
 
 def main():
+    """The command: see the top of this file."""
     options, explicit = read_options(sys.argv[1:])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if options.batch_size % (world * options.grad_accum):

@@ -1,4 +1,4 @@
-# CLIP ViT-B/16, tuned gently, and GPT-2: 85.8 M at a tenth of the learning rate, 124 M less the unused part of the vocabulary and 28 M of cross-attention trained.
+# CLIP's ViT-B/16, at a tenth of the learning rate, and GPT-2; otherwise as config/gpt2_vit.py.
 #   python prepare_flickr.py --image_size 224 --tokenizer gpt2 --keep_used --out_dir data/flickr30k-gpt2
 # Not run on the real weights yet (they could not be downloaded where this was written): no cost or result to state.
 data_dir = "data/flickr30k-gpt2"

@@ -28,6 +28,7 @@ def derange(scenes, seed):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = Parser(description="Exact match of a captioner's captions on the scenes that were held out of training.")
     parser.add_argument("--out_dir", default="out/shapes", help="a checkpoint or its folder (default: out/shapes)")
     parser.add_argument("--data_dir", default="data/shapes", help="what prepare.py wrote (default: data/shapes)")

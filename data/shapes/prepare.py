@@ -123,6 +123,7 @@ def make_split(split, scenes, num_train, image_size, seed):
 
 
 def main():
+    """The command: see the top of this file."""
     parser = Parser(description="Draws scenes of coloured shapes, with captions: a data set that needs no download.")
     parser.add_argument("--out_dir", default="data/shapes", help="where to write (default: data/shapes)")
     parser.add_argument("--image_size", type=int, default=64, help="pixels a side (default: 64)")
