@@ -114,8 +114,9 @@ def read_options(argv):
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(options, name)!r}")
     for name, (low, high) in dict(
             batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
-            smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3), weight_decay=(0, 1e3),
-            lora_rank=(0, 1e6), lora_alpha=(0, 1e6), lora_dropout=(0, 0.99), beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
+            smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3),
+            weight_decay=(0, 1e3), beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
+            lora_rank=(0, 1e6), lora_alpha=(0, 1e6), lora_dropout=(0, 0.99),
             log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1)).items():
         if not low <= getattr(options, name) <= high:
             raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(options, name)}")
@@ -221,11 +222,10 @@ def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
     with a factor for each token: how much better the caption's CIDEr-D is than the mean of the picture's other samples
     (arXiv 2003.09971), so that cross-entropy times factor is minus the reward's gradient. references: texts for each picture;
     frequencies: of n-grams in the training captions. The end counts as a word, or captions would stop in "on a". Returns the
-    packed captions and the k · B rewards.
+    packed captions and the k · B rewards, and leaves the model in eval mode.
     """
     model.eval()
     words = [caption for captions in model.sample(images, k, min_tokens=0, seed=seed) for caption, _ in captions]
-    model.train()
     ended = lambda text: tokenize(text) + ["<end>"]
     refs = cider_references([[ended(text) for text in texts] for texts in references], frequencies)[1]
     refs = [ref for ref in refs for _ in range(k)]
@@ -497,9 +497,6 @@ def main():
             group["lr"] = group["peak"] * scale
         alpha = options.alpha * min(1, seen / N)
 
-        model.train()
-        if options.freeze_encoder:
-            model.encoder.eval()  # no noise on what can't adapt to it
         total = torch.zeros(1, device=device)
         share = options.batch_size // (world * options.grad_accum)
         for micro in range(options.grad_accum):
@@ -513,6 +510,9 @@ def main():
                 with autocast:
                     captions, rewards = sample_captions(model, images, [train_texts[i] for i in pictures[mine]], frequencies,
                                                         tokenizer, options.samples, hash((options.seed, it, micro, rank)))
+            model.train()
+            if options.freeze_encoder:
+                model.encoder.eval()  # no noise on what can't adapt to it
             captions = {k: v.to(device) for k, v in captions.items()}
             torch.manual_seed(hash((options.seed, it, micro, rank)))  # dropout
             last_micro = micro == options.grad_accum - 1
