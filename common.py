@@ -2,6 +2,8 @@
 import argparse
 import contextlib
 import difflib
+import errno
+import io
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import sys
 import time
 
 import requests
+import urllib3
 
 try:
     import fcntl
@@ -16,11 +19,17 @@ except ImportError:  # Windows
     fcntl = None
 
 HUB, WEIGHTS = "https://huggingface.co", "data/weights"  # other people's models: where they are, and where they are kept
+PICTURE_BYTES, PICTURE_SECONDS = 2 ** 28, 60  # more than any picture's file has, and than its download may take
 TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
 
 
 class UserError(ValueError):
     """A mistake of the user's, said in one line; run() prints it and exits with 2."""
+
+
+def one_line(text):
+    """Line ends and other control characters, which a file's name may have, become \\n and the like."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,12 +42,21 @@ class Parser(argparse.ArgumentParser):
         wrong = re.search(r"unrecognized arguments:.*?(-[^\s=]+)", message)
         near = wrong and difflib.get_close_matches(wrong[1], self._option_string_actions, 1, 0.5)
         hint = f" (did you mean {near[0]}?)" if near else " (--help lists the options)"
-        self.exit(2, f"{self.prog}: error: {message}{hint}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}{hint}\n")
+
+
+def check_ranges(options, **ranges):
+    """ranges: name=(lowest, highest) for attributes of options that are numbers or None; UserError for what lies outside, as NaN does."""
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 
 def run(main):
     """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) or ArithmeticError in
     one line and 1, an interrupt in one line and 130."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a picture's name may be anything
     try:
         main()
         return
@@ -46,30 +64,46 @@ def run(main):
         message, code = f"error: {error}", 2
     except (OSError, ArithmeticError) as error:
         message, code = f"error: {error}", 1
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message += ": make room, then give the same command again; what was there before is whole"
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
         message, code = f"error: out of memory: take smaller batches or pictures ({error})", 1
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {one_line(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a binary file that takes path's name only once it is whole and on disk; after an error nothing is left."""
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides why a write failed
+        if isinstance(cause, OSError) and cause.filename is None:
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
+
+
+def exclusive(folder):
+    """Keeps folder for the caller until the file that is returned is closed; UserError where another process has it."""
+    file = open(f"{folder}/.lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}: wait for it, or name another --out_dir") from None
+    return file
 
 
 def progress(what, done, total, began, first=0, unit=1):
@@ -86,6 +120,27 @@ def progress(what, done, total, began, first=0, unit=1):
 
 
 progress.last = 0.0
+
+
+def fetch(url):
+    """A picture's http(s) address -> its bytes, as a file whose name is the address. UserError where it can't be had."""
+    began, data = time.monotonic(), io.BytesIO()
+    data.name = url
+    try:
+        with requests.Session() as session:
+            session.max_redirects = 5
+            with session.get(url, stream=True, timeout=10, headers={"Accept-Encoding": "identity"}) as reply:
+                reply.raise_for_status()
+                while block := reply.raw.read1(1 << 16):  # what has come by now
+                    data.write(block)
+                    if data.tell() > PICTURE_BYTES:
+                        raise UserError(f"{url}: more than {PICTURE_BYTES >> 20} MB, no picture's file is so large")
+                    if time.monotonic() - began > PICTURE_SECONDS:
+                        raise UserError(f"{url}: not here after {PICTURE_SECONDS} seconds: fetch it yourself, then give the file")
+    except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' errors are OSErrors
+        raise UserError(f"{url}: can't be fetched: {' '.join(str(error).split())}") from None
+    data.seek(0)
+    return data
 
 
 def download(url, path, token=None):

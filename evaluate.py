@@ -23,7 +23,7 @@ from collections import Counter
 
 import numpy as np
 
-from common import Parser, UserError, atomic_write, progress, run
+from common import Parser, UserError, atomic_write, check_ranges, progress, run
 from prepare_flickr import EXTENSION, list_images, load_image, match, read_captions, read_entry, read_records, read_split
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,10 +375,7 @@ def main():
     add("--sheet", metavar="PNG", help="draw the ten best, median and worst captions by CIDEr")
     add("--meteor_spice", action="store_true", help="METEOR and SPICE too: needs Java and pycocoevalcap")
     args = parser.parse_args()
-    for name, least in dict(limit=1, beam=1, max_tokens=1, length_penalty=0, batch_size=1).items():
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise UserError(f"--{name} must be at least {least}, not {value}")
+    check_ranges(args, limit=(1, 1e12), beam=(1, 1e4), max_tokens=(1, 1e9), length_penalty=(0, 100), batch_size=(1, 1e6))
     if bool(args.images) != bool(args.captions):
         raise UserError("give both --images and --captions, or neither for a split of --data_dir")
     if not args.images:

@@ -15,12 +15,14 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import signal
 import struct
 import tarfile
+import threading
 import time
 import warnings
 import zipfile
@@ -35,8 +37,10 @@ from PIL import Image, ImageOps
 
 from bpe import GPT2_PATTERN, keep_used, make_tokenizer, ranks_to_text, read_hub_tokenizer, text_to_ranks, train_bpe
 import common
-from common import Parser, UserError, atomic_write, download, progress, run
+from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run
 
+Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own, on what is decoded: a JPEG of 200 million is read at an eighth
+PIXELS = 90_000_000
 SPLITS = "train", "val", "test"
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
@@ -50,25 +54,30 @@ FLICKR30K = {"train": 29000, "val": 1014, "test": 1000}  # pictures of Karpathy'
 def load_image(source, size):
     """A picture as the model sees it: upright, RGB, transparency on white, squashed (never cropped) to a square.
 
-    source: a path, the file's bytes or an open binary file. Returns np.uint8 (size, size, 3).
+    source: a path, an http(s) address, the file's bytes or an open binary file. Returns np.uint8 (size, size, 3).
     Raises UserError, in one line that names the source, for what is not a readable picture.
     """
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "picture")
+    if isinstance(source, str) and re.match(r"https?://", source):
+        source = fetch(source)
     try:
+        if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source) and os.path.exists(source):
+            raise ValueError("a folder or a device, not a file")  # a pipe would keep us waiting
         with (warnings.catch_warnings(action="ignore"),
               Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image):
             # A large JPEG decodes faster at 1/2, 1/4 or 1/8; down to twice the size, the filter below hides it.
             image.draft(None, (2 * size, 2 * size))
+            if image.width * image.height > PIXELS:
+                raise ValueError(f"{image.width} × {image.height} pixels are too many: make it smaller")
             image.load()
             # A damaged EXIF block can raise anything and is no reason to lose the picture.
             with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it, not scale it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB").resize((size, size), Image.Resampling.BICUBIC)
+            if image.mode == "RGBA":
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             return np.array(image)
     # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError ... at a damaged file, and an error of their
     # own at a picture of too many pixels (a decompression bomb).
@@ -119,6 +128,8 @@ def read_entry(source, entry):
     """What load_image takes, for an entry of list_images(source)."""
     if isinstance(entry, (str, bytes)):
         return entry
+    if (size := entry[1] if isinstance(entry, tuple) else entry.file_size) > PICTURE_BYTES:
+        raise ValueError(f"{size:,} bytes, no picture's file is so large")
     with open(source, "rb") as archive:
         if isinstance(entry, tuple):
             archive.seek(entry[0])
@@ -138,9 +149,10 @@ def decode(task):
         return str(error)
 
 
-def ignore_interrupt():
-    """Ctrl-C is the parent's to answer; a worker would print a traceback."""
+def begin_worker():
+    """Ctrl-C is the parent's to answer; a worker would print a traceback. But none outlives a parent that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def decode_all(source, entries, pictures, out_dir, size, workers):
@@ -160,13 +172,13 @@ def decode_all(source, entries, pictures, out_dir, size, workers):
                 path = member.name.removeprefix("./")
                 if member.isfile() and path in left:
                     left.remove(path)
-                    yield path, archive.extractfile(member).read()
+                    yield path, archive.extractfile(member).read(PICTURE_BYTES)
                 archive.members = []
 
     stream, errors, done, began, row_bytes = tasks(), {}, 0, time.monotonic(), size * size * 3
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(f"{out_dir}/{split}_images.bin", "w+b")) for split in pictures}
-        pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=ignore_interrupt))
+        pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=begin_worker))
         while batch := list(itertools.islice(stream, 256)):  # not all at once: a compressed tar would fill the memory
             jobs = [(source, entry, size) for _, entry in batch]
             try:
@@ -284,7 +296,7 @@ def csv_rows(path, lines):
             row = dict(zip(header, row))
             captions = row[texts[0]]
             if texts[0] == "raw":
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     captions = json.loads(captions)
             yield where, line, row[images[0]], captions, row.get("split", "").strip() or None
 
@@ -293,12 +305,12 @@ def json_rows(path, text, filled):
     """JSON in any of the known layouts, or JSON lines."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not any(re.fullmatch(r'\s*\{.*"image".*\}\s*', line) for _, line in filled):
             raise UserError(f"{path}: neither JSON nor JSON lines: {error}") from None
         data = []
         for _, line in filled:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(line)
             data.append(line)  # what isn't JSON stays text, and so malformed
     try:
@@ -432,8 +444,9 @@ def clear(out_dir):
     """Makes the folder, and removes what an earlier run left there: meta.json first, so that no half looks whole."""
     os.makedirs(out_dir, exist_ok=True)
     for path in written_files(out_dir):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
+        for file in (path, f"{path}.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(file)
 
 
 def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192, source=None):
@@ -634,6 +647,7 @@ def prepare(args):
     if own := {os.path.realpath(path) for path in written_files(args.out_dir)} & {os.path.realpath(file) for file in files}:
         raise UserError(f"{own.pop()} is read, but preparing would overwrite it: give another --out_dir")
     os.makedirs(args.out_dir, exist_ok=True)
+    lock = exclusive(args.out_dir)  # noqa: F841: held until this function ends
     if args.url:
         for path in (*args.captions, args.images):
             download(f"{args.url.rstrip('/')}/{os.path.basename(path)}", path)
@@ -720,9 +734,7 @@ def main():
     add("--url", metavar="BASE", help=f"where to download Flickr30k from (default: {FLICKR30K_URL})")
     add("--delete_archive", action="store_true", help="delete the downloaded archive once all is prepared")
     args = parser.parse_args()
-    for name, least, most in (("image_size", 8, 4096), ("vocab_size", 257, 65536), ("workers", 1, 1024)):
-        if not least <= getattr(args, name) <= most:
-            raise UserError(f"--{name} {getattr(args, name)}: expected {least} to {most}")
+    check_ranges(args, image_size=(8, 4096), vocab_size=(257, 65536), workers=(1, 1024))
     if len(args.split_files or []) > 3:
         raise UserError(f"--split_files: expected TRAIN [VAL [TEST]], found {len(args.split_files)} files")
     if bool(args.images) != bool(args.captions):

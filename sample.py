@@ -13,6 +13,7 @@ From Python:
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from bpe import make_tokenizer, text_to_ranks
-from common import Parser, UserError, run
+from common import Parser, UserError, check_ranges, one_line, run
 from model import Captioner, ModelOptions
 from prepare_flickr import load_image, read_records, read_split
 
@@ -109,7 +110,11 @@ def load(path="out/nano", device="auto"):
     """
     checkpoint = read_checkpoint(path)
     tokenizer = make_tokenizer(text_to_ranks(checkpoint["tokenizer"]["ranks"]), checkpoint["tokenizer"]["pattern"])
-    model = build(checkpoint).to(pick_device(device))
+    device = pick_device(device)
+    try:
+        model = build(checkpoint).to(device)
+    except ValueError as e:
+        raise e if str(path) in str(e) else UserError(f"{path}: {e}") from None
     return SimpleNamespace(model=model, tokenizer=tokenizer, image_size=model.options.image_size)
 
 
@@ -133,7 +138,7 @@ def caption_images(captioner, images, beam=3, num_samples=1, batch_size=64, seed
 
 def caption(captioner, image, **options):
     """
-    image: a path, bytes or a binary file -> its caption, str; a list of those -> a list of str. With num_samples=k, a list
+    image: a path, an http(s) address, bytes or a binary file -> its caption, str; a list of those -> a list of str. With num_samples=k, a list
     of k str for each. UserError, a ValueError, for what isn't a picture.
     """
     sources = image if isinstance(image, (list, tuple)) else [image]
@@ -183,8 +188,8 @@ def draw_sheet(path, images, texts, columns=4, size=200):
 
 def find_pictures(paths, split, limit):
     """
-    What --image names -> a list of (name, source, references): source is a path, bytes ("-": stdin) or, from a prepared
-    split, an array uint8 (S, S, 3); references are a prepared split's captions, else [].
+    What --image names -> a list of (name, source, references): source is a path, an address, bytes ("-": stdin) or, from a
+    prepared split, an array uint8 (S, S, 3); references are a prepared split's captions, else [].
     """
     found = []
     for path in paths:
@@ -193,6 +198,8 @@ def find_pictures(paths, split, limit):
         elif os.path.isfile(os.path.join(path, "meta.json")):
             images, records = read_split(path, split)["images"], read_records(path, split)
             found += [(record["image"], images[i], record["captions"]) for i, record in enumerate(records[:limit])]
+        elif re.match(r"\w+://", path) and not re.match("https?://", path):
+            raise UserError(f"{path}: of addresses only http:// and https:// are fetched")
         elif os.path.isdir(path):
             inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
             if not inside:
@@ -207,7 +214,8 @@ def main():
     """The command: see the top of this file."""
     parser = Parser(description="Captions for pictures.")
     parser.add_argument("--image", nargs="+", required=True, metavar="PATH",
-                        help="pictures, folders of pictures (any depth), '-' for one on stdin, or a prepared folder (data/NAME)")
+                        help="pictures, http(s) addresses of such, folders of pictures (any depth), '-' for one on stdin, or a prepared "
+                        "folder (data/NAME)")
     parser.add_argument("--split", default="val", help="which split of a prepared folder (default: val)")
     parser.add_argument("--limit", type=int, help="at most so many pictures of each folder")
     parser.add_argument("--out_dir", default="out/nano", help="a checkpoint or the folder that holds it (default: out/nano)")
@@ -229,15 +237,8 @@ def main():
     args = parser.parse_args()
     if args.beam and args.num_samples > 1:
         parser.error("--beam searches and --num_samples samples: give one of them")
-    for name, least in dict(beam=1, num_samples=1, top_k=0, no_repeat_ngram=0, min_tokens=0, max_tokens=1, batch_size=1,
-                            limit=1, length_penalty=0, seed=0).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name} must be at least {least}, not {value}")
-    if not args.temperature > 0:
-        parser.error(f"--temperature must be above 0, not {args.temperature}")
-    if not 0 < args.top_p <= 1:
-        parser.error(f"--top_p must be above 0 and at most 1, not {args.top_p}")
+    check_ranges(args, beam=(1, 1e4), num_samples=(1, 1e5), top_k=(0, 1e9), no_repeat_ngram=(0, 1e9), min_tokens=(0, 1e9), max_tokens=(1, 1e9),
+                 batch_size=(1, 1e6), limit=(1, 1e12), length_penalty=(0, 100), seed=(0, 2**63 - 1), temperature=(1e-3, 1e3), top_p=(1e-6, 1))
     if args.max_tokens and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} is more than --max_tokens {args.max_tokens}")
     if args.sheet and Path(args.sheet).suffix.lower() not in PICTURES:
@@ -257,7 +258,7 @@ def main():
                 image = source if isinstance(source, np.ndarray) else load_image(source, captioner.image_size)
                 batch.append((name, image, references))
             except UserError as e:
-                print(f"sample.py: error: {e}", file=sys.stderr)
+                print(f"sample.py: error: {one_line(str(e))}", file=sys.stderr)
                 failed += 1
         if not batch:
             continue
@@ -269,7 +270,7 @@ def main():
                 print(json.dumps({"image": name, "captions": captions}, ensure_ascii=False))
             else:
                 for c in captions:
-                    print(f"{name}: {c['text']}")
+                    print(f"{one_line(name)}: {c['text']}")
                 for reference in references:
                     print(f"    a person: {reference}")
             if args.sheet:

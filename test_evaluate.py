@@ -286,8 +286,8 @@ def test_table(command):
 
 @pytest.mark.parametrize("args, said", [
     (["--spilt", "val"], "did you mean --split?"),
-    (["--beam", "0"], "--beam must be at least 1, not 0"),
-    (["--length_penalty", "nan"], "--length_penalty must be at least 0, not nan"),
+    (["--beam", "0"], "beam must be from 1 to 10000, not 0"),
+    (["--length_penalty", "nan"], "length_penalty must be from 0 to 100, not nan"),
     (["--images", "photos"], "give both --images and --captions"),
     (["--data_dir", "nowhere"], "nowhere: no prepared data"),
     (["--data_dir", "data", "--split", "dev"], "no split 'dev'"),

@@ -583,8 +583,8 @@ def test_sample_captions_pictures_and_names_bad_ones(trained, data, tmp_path):
 
 
 @pytest.mark.parametrize("args,parts", [
-    (["--beam", "2", "--num_samples", "2"], ["--beam", "--num_samples"]), (["--beam", "0"], ["--beam", "0"]),
-    (["--top_p", "1.5"], ["--top_p", "1.5"]), (["--temperature", "0"], ["--temperature"]), (["--bean", "3"], ["--bean", "--beam"]),
+    (["--beam", "2", "--num_samples", "2"], ["--beam", "--num_samples"]), (["--beam", "0"], ["beam", "0"]),
+    (["--top_p", "1.5"], ["top_p", "1.5"]), (["--temperature", "0"], ["temperature"]), (["--bean", "3"], ["--bean", "--beam"]),
     (["--out_dir", "/nowhere"], ["/nowhere", "checkpoint"]), (["--sheet", "x.doc"], ["x.doc"]),
 ])
 def test_wrong_sample_options(trained, args, parts):

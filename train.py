@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bpe import DECODER_PATTERNS
-from common import Parser, UserError, atomic_write, run
+from common import Parser, UserError, atomic_write, check_ranges, exclusive, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import ModelOptions, pack
 from muon import Muon
@@ -112,14 +112,12 @@ def read_options(argv):
     for name, allowed in dict(optimizer=("adamw", "muon"), dtype=("auto", "bfloat16", "float32")).items():
         if getattr(options, name) not in allowed:
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(options, name)!r}")
-    for name, (low, high) in dict(
-            batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
-            smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3),
-            weight_decay=(0, 1e3), beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
-            lora_rank=(0, 1e6), lora_alpha=(0, 1e6), lora_dropout=(0, 0.99),
-            log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1)).items():
-        if not low <= getattr(options, name) <= high:
-            raise UserError(f"{name} must be from {low:g} to {high:g}, not {getattr(options, name)}")
+    check_ranges(
+        options, batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
+        smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3),
+        weight_decay=(0, 1e3), beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
+        lora_rank=(0, 1e6), lora_alpha=(0, 1e6), lora_dropout=(0, 0.99),
+        log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1))
     if options.samples == 1 or options.samples and (options.alpha or options.smoothing):
         raise UserError("self-critical training compares samples of one picture: samples must be 2 or more, alpha and smoothing 0")
     if not options.max_iters and not options.max_minutes:
@@ -438,6 +436,7 @@ def main():
     out_dir, log_path = Path(options.out_dir), Path(options.out_dir, "log.jsonl")
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
+        lock = exclusive(out_dir)  # noqa: F841: held until the process ends
         cut_log(log_path, it)
         n_params = sum(p.numel() for p in model.parameters())
         print(f"{n_params / 1e6:.2f} M parameters ({sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M in the encoder), "
