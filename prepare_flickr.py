@@ -40,7 +40,7 @@ import common
 from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run
 
 Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own, on what is decoded: a JPEG of 200 million is read at an eighth
-PIXELS = 90_000_000
+PIXELS = 64_000_000
 SPLITS = "train", "val", "test"
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
@@ -74,6 +74,7 @@ def load_image(source, size):
             with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it, not scale it
+                image = image.convert("I").resize((size, size), Image.Resampling.BICUBIC)
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             image = image.convert("RGBA" if image.has_transparency_data else "RGB").resize((size, size), Image.Resampling.BICUBIC)
             if image.mode == "RGBA":

@@ -14,7 +14,6 @@ import http.server
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -34,7 +33,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # noqa: F401: optimizers load it, a second each time
 from PIL import Image, PngImagePlugin
 
 import bench
@@ -44,16 +42,13 @@ import prepare_flickr
 import sample
 import train
 from common import UserError
+from conftest import HERE, ended, launch
 from prepare_flickr import load_image, read_captions, write_dataset
 
 resource = pytest.importorskip("resource", reason="limits and signals of POSIX are what these tests break things with")
-HERE = Path(__file__).parent
 FAULTS = {}  # name: (generator, tries in the quick form, share of the heavy form's time)
 SMALL = dict(image_size=16, patch_size=8, n_layer_encoder=1, n_layer_decoder=1, n_head=2, n_embd=16, block_size=24, batch_size=8,
              crop=0.8, dropout=0.1, optimizer="muon", log_interval=1, eval_interval=3, eval_images=4, warmup_iters=2)
-# Processes are forked from one that has imported everything, so that a try costs a start of some milliseconds.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["test_faults"])
 
 
 def fault(name, quick, share):
@@ -63,37 +58,14 @@ def fault(name, quick, share):
     return register
 
 
-def child(main, argv, output, limit):
-    """In a process of its own: a script's command line, its output in a file, files no larger than limit bytes (0: any)."""
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # for its own workers
-    sys.argv = argv
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))  # by lines
-    if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    common.run(main)
-    sys.stdout.flush()
+def printed(folder):
+    """What the script that was launched last printed on stdout and stderr."""
+    return "".join((folder / "io" / name).read_text(errors="replace") for name in ("output", "errors"))
 
 
-def launch(main, argv, folder, limit=0):
-    """A script of ours begins -> its process; what it prints goes to folder/output."""
-    argv = [f"{main.__module__}.py", *map(str, argv)]
-    (folder / "output").write_text("")
-    process = server.Process(target=child, args=(main, argv, str(folder / "output"), limit))
-    process.start()
-    return process
-
-
-def finish(main, argv, folder, limit=0):
-    """... and ends -> (exit code, what it printed)."""
-    process = launch(main, argv, folder, limit)
-    process.join(300)
-    code = process.exitcode
-    process.kill()
-    return code, (folder / "output").read_text(errors="replace")
+def finish(folder, script, *arguments, **options):
+    """A script of ours, to its end -> (exit code, what it printed)."""
+    return ended(launch(folder / "io", script, *arguments, **options), folder / "io").returncode, printed(folder)
 
 
 def one_line(code, output, wanted, *parts):
@@ -159,20 +131,20 @@ def interrupted(how, folder, rng, steps=40):
     """Runs that `how(process, folder)` breaks at a random moment again and again until they are through: a yield for each time."""
     tiny_data(folder)
     began = time.monotonic()
-    assert finish(train.main, command(folder, "whole", steps), folder)[0] == 0, (folder / "output").read_text()
+    assert finish(folder, "train.py", *command(folder, "whole", steps))[0] == 0, printed(folder)
     took = time.monotonic() - began
     whole = state(folder / "whole")
     for number in itertools.count():
         out_dir = folder / f"broken{number}"
         had = False
         while True:
-            process, lost = launch(train.main, command(folder, out_dir.name, steps), folder), ""
+            process, lost = launch(folder / "io", "train.py", *command(folder, out_dir.name, steps)), ""
             process.join(rng.uniform(0, took))
             over = process.exitcode is not None
             if not over:
                 lost = how(process, folder)
             elif process.exitcode:
-                lost = f"exit code {process.exitcode}: {(folder / 'output').read_text()[-300:]}"
+                lost = f"exit code {process.exitcode}: {printed(folder)[-300:]}"
             lost = lost or loadable(out_dir) or ("last.pt is gone" if had and not (out_dir / "last.pt").exists() else "")
             had = (out_dir / "last.pt").exists()
             if over and not lost and state(out_dir) != whole:
@@ -201,7 +173,7 @@ def told_to_stop(folder, rng):
                 os.kill(process.pid, number)
             time.sleep(0.01)
         process.join(60)
-        output = (folder / "output").read_text()
+        output = printed(folder)
         # 0: it was through just then; minus: before train.py had begun to listen; 1 without a word: before it had begun at all
         fine = process.exitcode in (0, 128 + number, -number, 1 if not output else 0) and "Traceback" not in output
         return "" if fine else f"{times} signals {number}: exit code {process.exitcode}: {output[-300:]}"
@@ -212,18 +184,18 @@ def told_to_stop(folder, rng):
 def training_without_room(folder, rng):
     tiny_data(folder)
     steps = 12
-    assert finish(train.main, command(folder, "whole", steps), folder)[0] == 0
+    assert finish(folder, "train.py", *command(folder, "whole", steps))[0] == 0
     whole, size = state(folder / "whole"), (folder / "whole/last.pt").stat().st_size
     for number in itertools.count():
         out_dir = folder / f"full{number}"
         if number % 2:  # with an earlier checkpoint that must survive
-            finish(train.main, command(folder, out_dir.name, rng.randint(3, 9)), folder)
-        code, output = finish(train.main, command(folder, out_dir.name, steps), folder, limit=rng.randint(100, size - 1))
+            finish(folder, "train.py", *command(folder, out_dir.name, rng.randint(3, 9)))
+        code, output = finish(folder, "train.py", *command(folder, out_dir.name, steps), file_limit=rng.randint(100, size - 1))
         lost = one_line(code, output, 1, "make room") or loadable(out_dir)
         if number % 2 and not (out_dir / "last.pt").exists():
             lost = lost or "last.pt is gone"
         if not lost:
-            code, output = finish(train.main, command(folder, out_dir.name, steps), folder)
+            code, output = finish(folder, "train.py", *command(folder, out_dir.name, steps))
             if code or (number % 2 == 0 and state(out_dir) != whole):
                 lost = f"did not go on: exit code {code}: {output[-300:]}"
         yield lost
@@ -264,8 +236,8 @@ def rank_killed(folder, rng):
 @fault("a long run: memory, open files, disk (each try 2,000 steps)", quick=0, share=2)
 def long_run(folder, rng):
     tiny_data(folder)
-    process, steps, first = None, 10_000, None
-    process = launch(train.main, [*command(folder, "long", steps), "--eval_interval=20", "--log_interval=100"], folder)
+    steps, first = 10_000, None
+    process = launch(folder / "io", "train.py", *command(folder, "long", steps), "--eval_interval=20", "--log_interval=100")
     for goal in range(2000, steps + 1, 2000):
         log, it = folder / "long/log.jsonl", 0
         while it < goal and process.exitcode is None:
@@ -308,16 +280,16 @@ def contents(folder):
 def prepare_killed(folder, rng):
     photos(folder)
     began = time.monotonic()
-    assert finish(prepare_flickr.main, prepare_command(folder, "whole"), folder)[0] == 0, (folder / "output").read_text()
+    assert finish(folder, "prepare_flickr.py", *prepare_command(folder, "whole"))[0] == 0, printed(folder)
     took, whole = time.monotonic() - began, contents(folder / "whole")
     for number in itertools.count():
         name = f"killed{number}"
-        process = launch(prepare_flickr.main, prepare_command(folder, name), folder)
+        process = launch(folder / "io", "prepare_flickr.py", *prepare_command(folder, name))
         process.join(rng.uniform(0, took))
         process.kill()
         process.join()
         for _ in range(100):  # workers see at once that their parent is gone, but not in no time
-            code, output = finish(prepare_flickr.main, prepare_command(folder, name), folder)
+            code, output = finish(folder, "prepare_flickr.py", *prepare_command(folder, name))
             if "another process" not in output:
                 break
             time.sleep(0.05)
@@ -334,23 +306,22 @@ def one_line_or_same(code, output, folder, whole):
 @fault("preparing, no room on the disk", quick=2, share=1)
 def prepare_without_room(folder, rng):
     photos(folder)
-    assert finish(prepare_flickr.main, prepare_command(folder, "whole"), folder)[0] == 0
+    assert finish(folder, "prepare_flickr.py", *prepare_command(folder, "whole"))[0] == 0
     whole = contents(folder / "whole")
     for number in itertools.count():
         name, limit = f"full{number}", rng.randint(1, max(map(len, whole.values())) - 1)
-        code, output = finish(prepare_flickr.main, prepare_command(folder, name), folder, limit=limit)
+        code, output = finish(folder, "prepare_flickr.py", *prepare_command(folder, name), file_limit=limit)
         lost = one_line(code, output, 1, "make room") or ("meta.json is there" if (folder / name / "meta.json").exists() else "")
-        yield lost or one_line_or_same(*finish(prepare_flickr.main, prepare_command(folder, name), folder), folder / name, whole)
+        yield lost or one_line_or_same(*finish(folder, "prepare_flickr.py", *prepare_command(folder, name)), folder / name, whole)
 
 
 @fault("preparing, two at once", quick=1, share=1)
 def prepare_twice(folder, rng):
     photos(folder)
-    assert finish(prepare_flickr.main, prepare_command(folder, "whole"), folder)[0] == 0
+    assert finish(folder, "prepare_flickr.py", *prepare_command(folder, "whole"))[0] == 0
     whole = contents(folder / "whole")
     for number in itertools.count():
-        (folder / "other").mkdir(exist_ok=True)
-        processes = [launch(prepare_flickr.main, prepare_command(folder, f"two{number}"), where) for where in (folder, folder / "other")]
+        processes = [launch(folder / io, "prepare_flickr.py", *prepare_command(folder, f"two{number}")) for io in ("io", "io2")]
         for process in processes:
             process.join()
         codes = sorted(process.exitcode for process in processes)
@@ -425,11 +396,6 @@ def addresses(folder, rng):
         common.PICTURE_BYTES, common.PICTURE_SECONDS = limits
 
 
-def download_main():
-    common.WAIT = 0.01
-    common.download(sys.argv[1], sys.argv[2])
-
-
 @fault("downloading, no room on the disk", quick=1, share=0.2)
 def download_without_room(folder, rng):
     body = rng.randbytes(300_000)
@@ -445,12 +411,14 @@ def download_without_room(folder, rng):
             self.end_headers()
             self.wfile.write(body[first:])
 
+    script = folder / "fetch.py"
+    script.write_text("import sys, common\ncommon.WAIT = 0.01\ncommon.run(lambda: common.download(*sys.argv[1:]))\n")
     with website(Tagged) as site:
         for number in itertools.count():
             path = folder / f"file{number}"
-            code, output = finish(download_main, [site, path], folder, limit=rng.randint(1000, len(body) - 1))
+            code, output = finish(folder, script, site, path, file_limit=rng.randint(1000, len(body) - 1))
             lost = one_line(code, output, 1, "make room") or ("half a file has the whole one's name" if path.exists() else "")
-            code, output = (0, "") if lost else finish(download_main, [site, path], folder)
+            code, output = (0, "") if lost else finish(folder, script, site, path)
             yield lost or ("" if code == 0 and path.read_bytes() == body else f"exit code {code}: {output[-300:]}")
 
 
@@ -470,7 +438,7 @@ def hostile_pictures(rng):
         yield f"whole.{extension}", data, True
         for twentieth in range(20):
             yield f"cut{twentieth}.{extension}", data[:len(data) * twentieth // 20], False if twentieth < 8 else None
-        for i in range(12):
+        for i in range(45):
             broken = bytearray(data)
             for _ in range(rng.choice((1, 1, 10, 100))):
                 broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
@@ -514,9 +482,14 @@ def hostile_pictures(rng):
     yield "texts.png", encoded(noise, "PNG", pnginfo=text), None
 
 
-@fault("pictures, hostile", quick=400, share=0.5)
+def grown(before):
+    """GB by which this process's largest memory has grown since it was `before`."""
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
+
+
+@fault("pictures, hostile", quick=500, share=0.5)
 def pictures(folder, rng):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while True:
         for name, data, wanted in hostile_pictures(rng):
             path = folder / name
@@ -529,15 +502,26 @@ def pictures(folder, rng):
                 lost = "" if not wanted and name in str(e) and "\n" not in str(e) else f"{name}: {e}"
             except BaseException as e:
                 lost = f"{name}: {type(e).__name__}: {e}"
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / (2**20 if sys.platform != "darwin" else 2**30)
-            yield lost or (f"{name}: {grown:.2f} GB" if grown > 1 else "")
+            yield lost or (f"{name}: {grown(before):.2f} GB" if grown(before) > 1 else "")
             path.unlink()
+
+
+@fault("pictures, as large as they may be", quick=0, share=0.5)
+def large_pictures(folder, rng):
+    for mode in itertools.cycle(("RGBA", "P", "I", "I;16", "F", "CMYK", "RGB")):
+        with Image.new(mode, (8000, 8000)) as image:
+            options = dict(transparency=0) if mode == "P" else {}
+            image.save(path := folder / ("large.tif" if mode in ("F", "CMYK", "I") else "large.png"), **options)
+        child = subprocess.run([sys.executable, "-c", "import resource, sys; from prepare_flickr import load_image; load_image(sys.argv[1], 32); "
+                                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", path], cwd=HERE, capture_output=True, text=True)
+        used = int(child.stdout or 0) / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
+        yield "" if 0 < used < 1.1 else f"{mode}: {used:.2f} GB, {child.stderr[-200:]}"
 
 
 @fault("folders and names, hostile (a try: a whole folder)", quick=1, share=0.3)
 def names(folder, rng):
     tiny_data(folder)
-    assert finish(train.main, command(folder, "trained", 1), folder)[0] == 0
+    assert finish(folder, "train.py", *command(folder, "trained", 1))[0] == 0
     good = io.BytesIO()
     Image.new("RGB", (40, 40), "blue").save(good, "JPEG")
     while True:
@@ -553,7 +537,7 @@ def names(folder, rng):
         (inside / "empty.jpg").touch()
         bad = ["folder.jpg", "pipe.jpg", "device.jpg", "link.jpg", "empty.jpg"]
         for more in ([], ["--json"]):
-            code, output = finish(sample.main, ["--image", inside, "--out_dir", folder / "trained", "--device", "cpu", *more], folder)
+            code, output = finish(folder, "sample.py", "--image", inside, "--out_dir", folder / "trained", "--device", "cpu", *more)
             captions = [line for line in output.splitlines() if "sample.py" not in line]
             errors = [line for line in output.splitlines() if "error:" in line]
             lost = "" if code == 1 and len(captions) == len(fine) and len(errors) == len(bad) else f"exit code {code}: {output[-600:]!r}"
@@ -623,8 +607,8 @@ def archives(folder, rng):
         before = sorted(str(p) for p in folder.rglob("*"))
         argv = ["--images", inside / name, "--captions", captions, "--out_dir", inside / "out", "--vocab_size", 300, "--image_size", 16,
                 "--workers", 1]
-        code, output = finish(prepare_flickr.main, argv, folder)
-        new = {p for p in map(str, folder.rglob("*")) if not p.startswith(f"{inside}/out") and p != str(folder / "output")} - set(before)
+        code, output = finish(folder, "prepare_flickr.py", *argv)
+        new = {p for p in map(str, folder.rglob("*")) if not p.startswith((f"{inside}/out", f"{folder}/io"))} - set(before)
         lost = f"wrote {new}" if new else "" if code == wanted == 0 else one_line(code, output, wanted, said) if wanted else output[-300:]
         if not lost and not wanted:
             images = np.fromfile(inside / "out/train_images.bin", np.uint8).reshape(-1, 3)
@@ -725,7 +709,7 @@ class Code:
 @fault("checkpoints, damaged or foreign", quick=24, share=0.3)
 def checkpoints(folder, rng):
     tiny_data(folder)
-    assert finish(train.main, command(folder, "trained", 3), folder)[0] == 0
+    assert finish(folder, "train.py", *command(folder, "trained", 3))[0] == 0
     whole, path = (folder / "trained/last.pt").read_bytes(), folder / "x.pt"
     read = lambda: torch.load(folder / "trained/last.pt", weights_only=True)
     changes = [("version", lambda c: c.update(version=2)), ("code", lambda c: c.update(options=Code())),

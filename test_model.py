@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,13 +20,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 import train
+from conftest import HERE, ended, launch
 from evaluate import cider, cider_references, document_frequencies
 from model import Captioner, ModelOptions, PatchStem, head_loss, pack, patchify
 from muon import orthogonalise
 from prepare_flickr import write_dataset
 from sample import caption, load
 
-HERE = Path(__file__).parent
 BRIDGES = [dict(bridge="cross"), dict(bridge="prefix"), dict(bridge="both", n_query=3), dict(bridge="prefix", n_query=2),
            dict(bridge="cross", cross_every=2, stem="patch")]
 TINY = dict(image_size=16, patch_size=8, n_layer_encoder=1, n_layer_decoder=2, n_head=2, n_embd=32, block_size=24)
@@ -50,12 +51,19 @@ def random_captions(n, vocab_size=50, seed=0, longest=9):
             for _ in range(n)]
 
 
-def run(*args, check=True, env=None, timeout=240, **kw):
+def run(script, *args, check=True, **kw):
     """A script of ours -> the finished process; with check, it must have succeeded."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=HERE, capture_output=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **kw)
+    with tempfile.TemporaryDirectory() as folder:
+        done = ended(launch(Path(folder), script, *args, **kw), Path(folder))
     assert not check or done.returncode == 0, done.stderr.decode()[-3000:]
     return done
+
+
+def torchrun(*args):
+    """Two ranks of a script."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, args)], cwd=HERE,
+                          capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
 def one_line_error(done, code, *parts):
@@ -436,12 +444,11 @@ train.make_teacher = keep
 train.main()
 torch.save(train.kept.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ.get("RANK", "0") + ".pt")
 """)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
     options = dict(max_iters=1, beta1=0.0, grad_clip=0.0)  # so that AdamW's first moment is the gradient
     start(data, tmp_path / "one", options=options)
     config = tmp_path / "two.py"
     config.write_text("".join(f"{k} = {v!r}\n" for k, v in {**CONFIG, **options}.items()))
-    run(*torchrun, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}")
+    torchrun(worker, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}")
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
     for i, state in one["optimizer"][0]["state"].items():
         torch.testing.assert_close(two["optimizer"][0]["state"][i]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-6)
@@ -450,7 +457,7 @@ torch.save(train.kept.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ.get
     for name in ("student", "teacher"):
         assert read_log(tmp_path / "two")[-1]["eval"][name]["loss"] == pytest.approx(
             read_log(tmp_path / "one")[-1]["eval"][name]["loss"], rel=1e-3)
-    run(*torchrun, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'five'}", "--max_iters=5")
+    torchrun(worker, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'five'}", "--max_iters=5")
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     assert_same(dict(ranks[0]), dict(ranks[1]))
     assert_same(dict(ranks[0]), last(tmp_path / "five")["model"])
