@@ -3,16 +3,17 @@ import argparse
 import contextlib
 import difflib
 import errno
-import io
+import glob
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
+import urllib.parse
 
 import requests
-import urllib3
 
 try:
     import fcntl
@@ -20,7 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 HUB, WEIGHTS = "https://huggingface.co", "data/weights"  # other people's models: where they are, and where they are kept
-PICTURE_BYTES, PICTURE_SECONDS = 2 ** 28, 60  # more than any picture's file has, and than its download may take
+PICTURE_BYTES, PICTURE_SECONDS = 2 ** 27, 60  # more than any picture's file has, and than its download may take
 TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
 
 
@@ -60,18 +61,22 @@ def run(main):
     sys.stdout.reconfigure(errors="backslashreplace")  # a picture's name may be anything
     try:
         main()
+        sys.stdout.flush()
         return
+    except BrokenPipeError:  # whoever read has enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         message, code = f"error: {error}", 2
     except (OSError, ArithmeticError) as error:
         message, code = f"error: {error}", 1
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message += ": make room, then give the same command again; what was there before is whole"
+            message += ": make room, then give the same command again"
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # or one more would interrupt this
         message, code = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         message, code = f"error: out of memory: take smaller batches or pictures ({error})", 1
     print(f"{os.path.basename(sys.argv[0])}: {one_line(' '.join(message.split()))}", file=sys.stderr)
@@ -81,7 +86,7 @@ def run(main):
 @contextlib.contextmanager
 def atomic_write(path):
     """Yields a binary file that takes path's name only once it is whole and on disk; after an error nothing is left."""
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -98,13 +103,20 @@ def atomic_write(path):
 
 
 def exclusive(folder):
-    """Keeps folder for the caller until the file that is returned is closed; UserError where another process has it."""
+    """
+    Keeps folder for the caller until the file that is returned is closed, and removes what a killed process left half-written there.
+    UserError where another process has it.
+    """
     file = open(f"{folder}/.lock", "w")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is at work in {folder}: wait for it, or name another --out_dir") from None
+    except OSError:
+        pass  # a file system that has no locks
+    for left in glob.glob(f"{glob.escape(str(folder))}/*.tmp[0-9]*"):
+        os.remove(left)
     return file
 
 
@@ -125,24 +137,36 @@ progress.last = 0.0
 
 
 def fetch(url):
-    """A picture's http(s) address -> its bytes, as a file whose name is the address. UserError where it can't be had."""
-    began, data = time.monotonic(), io.BytesIO()
-    data.name = url
+    """A picture's http(s) address -> its bytes. UserError where they can't be had, are too many or too slow to come."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fetch_now(url)), daemon=True)  # a server may drip: no timeout of a socket ends that
+    thread.start()
+    thread.join(PICTURE_SECONDS)
+    if not found:
+        raise UserError(f"{url}: not here after {PICTURE_SECONDS} seconds: fetch it yourself, then give the file")
+    if isinstance(found[0], Exception):
+        raise UserError(f"{url}: can't be fetched: {' '.join(str(found[0]).split())}")
+    return found[0]
+
+
+def fetch_now(url):
+    """What fetch waits for: the bytes, or the exception."""
     try:
-        with requests.Session() as session:
-            session.max_redirects = 5
-            with session.get(url, stream=True, timeout=10, headers={"Accept-Encoding": "identity"}) as reply:
+        for _ in range(5):
+            with requests.get(url, stream=True, timeout=10, allow_redirects=False, headers={"Accept-Encoding": "identity"}) as reply:
+                if reply.is_redirect:
+                    url = urllib.parse.urljoin(url, reply.headers["location"])
+                    continue
                 reply.raise_for_status()
-                while block := reply.raw.read1(1 << 16):  # what has come by now
-                    data.write(block)
-                    if data.tell() > PICTURE_BYTES:
-                        raise UserError(f"{url}: more than {PICTURE_BYTES >> 20} MB, no picture's file is so large")
-                    if time.monotonic() - began > PICTURE_SECONDS:
-                        raise UserError(f"{url}: not here after {PICTURE_SECONDS} seconds: fetch it yourself, then give the file")
-    except (OSError, urllib3.exceptions.HTTPError) as error:  # requests' errors are OSErrors
-        raise UserError(f"{url}: can't be fetched: {' '.join(str(error).split())}") from None
-    data.seek(0)
-    return data
+                data = bytearray()
+                for block in reply.iter_content(1 << 16):
+                    data += block
+                    if len(data) > PICTURE_BYTES:
+                        raise ValueError(f"more than {PICTURE_BYTES >> 20} MB, no picture's file is so large")
+                return bytes(data)
+        raise ValueError("redirects on and on")
+    except Exception as error:  # also what a hostile answer makes of the libraries
+        return error
 
 
 def download(url, path, token=None):
@@ -153,15 +177,11 @@ def download(url, path, token=None):
     (Range and If-Range, RFC 9110). After TRIES tries that get no further, or a status that waiting won't change, an
     OSError.
     """
-    lock = f"{path}.lock"
-    try:
-        with open(lock, "w") as file:  # of several processes that want it, one fetches it
-            if fcntl:
+    with open(f"{path}.lock", "w") as file:  # of several processes that want it, one fetches it
+        if fcntl:
+            with contextlib.suppress(OSError):  # a file system that has no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
-            transfer(url, path, token)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(lock)
+        transfer(url, path, token)
 
 
 def transfer(url, path, token):

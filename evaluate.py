@@ -424,7 +424,7 @@ def main():
         with atomic_write(args.save) as file:
             for image, caption, captions in zip(names, texts, references):
                 line = json.dumps({"image": image, "caption": caption, "references": captions}, ensure_ascii=False)
-                file.write(f"{line}\n".encode())
+                file.write(f"{line}\n".encode("utf-8", "backslashreplace"))
     if args.sheet:
         draw(args.sheet, names, texts, references, cider(words, refs)[1],
              lambda i: get(range(i, i + 1), captioner.image_size)[0])

@@ -15,6 +15,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -39,8 +40,9 @@ from bpe import GPT2_PATTERN, keep_used, make_tokenizer, ranks_to_text, read_hub
 import common
 from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run
 
-Image.MAX_IMAGE_PIXELS = None  # load_image has a limit of its own, on what is decoded: a JPEG of 200 million is read at an eighth
-PIXELS = 64_000_000
+Image.init()
+FORMATS = [name for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN]  # no EPS: it runs code
+PIXELS = 64_000_000  # of a picture that is decoded whole
 SPLITS = "train", "val", "test"
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
@@ -58,17 +60,17 @@ def load_image(source, size):
     Raises UserError, in one line that names the source, for what is not a readable picture.
     """
     name = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "picture")
-    if isinstance(source, str) and re.match(r"https?://", source):
+    if isinstance(source, str) and re.match("https?://", source):
         source = fetch(source)
     try:
         if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source) and os.path.exists(source):
             raise ValueError("a folder or a device, not a file")  # a pipe would keep us waiting
         with (warnings.catch_warnings(action="ignore"),
-              Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image):
+              Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image):
+            if image.width * image.height > PIXELS and (image.format != "JPEG" or "progression" in image.info):
+                raise ValueError(f"{image.width} × {image.height} pixels are too many: make it smaller")
             # A large JPEG decodes faster at 1/2, 1/4 or 1/8; down to twice the size, the filter below hides it.
             image.draft(None, (2 * size, 2 * size))
-            if image.width * image.height > PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are too many: make it smaller")
             image.load()
             # A damaged EXIF block can raise anything and is no reason to lose the picture.
             with contextlib.suppress(Exception):
@@ -94,8 +96,11 @@ def list_images(source):
     only be read from its beginning. macOS's __MACOSX/ and ._* are left out.
     """
     entries = {}
+    def unreadable(error):
+        raise UserError(f"--images {source}: {error.filename} can't be read: {error.strerror}")
+
     if os.path.isdir(source):
-        for folder, _, files in os.walk(source):
+        for folder, _, files in os.walk(source, onerror=unreadable):
             for file in files:
                 path = os.path.join(folder, file)
                 entries[os.path.relpath(path, source).replace(os.sep, "/")] = path
@@ -119,26 +124,32 @@ def list_images(source):
                     if member.isfile():
                         entries.setdefault(member.name, (member.offset_data, member.size) if plain else None)
                     archive.members = []  # else tarfile keeps every header
-        except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
             raise UserError(f"--images {source}: not a folder, a zip or a whole tar: {error}") from None
     entries = {path.removeprefix("./"): entry for path, entry in entries.items()}
     return {path: entry for path, entry in sorted(entries.items()) if not re.search(r"(^|/)(__MACOSX/|\._)", path)}
 
 
 def read_entry(source, entry):
-    """What load_image takes, for an entry of list_images(source)."""
-    if isinstance(entry, (str, bytes)):
+    """What load_image takes, for an entry of list_images(source). UserError for a damaged or giant one."""
+    if isinstance(entry, str):
         return entry
-    if (size := entry[1] if isinstance(entry, tuple) else entry.file_size) > PICTURE_BYTES:
-        raise ValueError(f"{size:,} bytes, no picture's file is so large")
+    size = entry[1] if isinstance(entry, tuple) else len(entry) if isinstance(entry, bytes) else entry.file_size
+    if size > PICTURE_BYTES:
+        raise UserError(f"more than {PICTURE_BYTES >> 20} MB, no picture's file is so large")
+    if isinstance(entry, bytes):
+        return entry
     with open(source, "rb") as archive:
         if isinstance(entry, tuple):
             archive.seek(entry[0])
-            return archive.read(entry[1])
-        archive.seek(entry.header_offset + 26)  # past the local header's name and extra field: no directory is read
-        archive.seek(sum(struct.unpack("<HH", archive.read(4))), 1)
-        with zipfile.ZipExtFile(archive, "r", entry) as file:
-            return file.read()
+            return archive.read(size)
+        try:
+            archive.seek(entry.header_offset + 26)  # past the local header's name and extra field: no directory is read
+            archive.seek(sum(struct.unpack("<HH", archive.read(4))), 1)
+            with zipfile.ZipExtFile(archive, "r", entry) as file:
+                return file.read(size)
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, NotImplementedError) as error:
+            raise UserError(f"{entry.filename}: damaged in {source}: {error}") from None
 
 
 def decode(task):
@@ -146,7 +157,7 @@ def decode(task):
     source, entry, size = task
     try:
         return load_image(read_entry(source, entry), size)
-    except (UserError, zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError) as error:
+    except UserError as error:
         return str(error)
 
 
@@ -173,14 +184,14 @@ def decode_all(source, entries, pictures, out_dir, size, workers):
                 path = member.name.removeprefix("./")
                 if member.isfile() and path in left:
                     left.remove(path)
-                    yield path, archive.extractfile(member).read(PICTURE_BYTES)
+                    yield path, archive.extractfile(member).read(PICTURE_BYTES + 1)
                 archive.members = []
 
     stream, errors, done, began, row_bytes = tasks(), {}, 0, time.monotonic(), size * size * 3
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context(open(f"{out_dir}/{split}_images.bin", "w+b")) for split in pictures}
         pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=begin_worker))
-        while batch := list(itertools.islice(stream, 256)):  # not all at once: a compressed tar would fill the memory
+        while batch := list(itertools.islice(stream, 32 if None in entries.values() else 256)):  # what a compressed tar holds is in memory
             jobs = [(source, entry, size) for _, entry in batch]
             try:
                 for (path, _), image in zip(batch, pool.map(decode, jobs, chunksize=4)):
@@ -445,9 +456,8 @@ def clear(out_dir):
     """Makes the folder, and removes what an earlier run left there: meta.json first, so that no half looks whole."""
     os.makedirs(out_dir, exist_ok=True)
     for path in written_files(out_dir):
-        for file in (path, f"{path}.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(file)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192, source=None):
@@ -504,7 +514,7 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
                 starts.append(len(tokens))
             index.append(len(starts) - 1)
         jsonl = "".join(json.dumps({"image": name, "captions": texts}, ensure_ascii=False) + "\n"
-                        for name, texts in zip(names, captions)).encode()
+                        for name, texts in zip(names, captions)).encode("utf-8", "backslashreplace")
         fingerprint.update(split.encode() + jsonl)
         for end, data in (("_tokens.bin", np.array(tokens, np.uint16)), ("_captions.bin", np.array(starts, np.int64)),
                           ("_index.bin", np.array(index, np.int64)), (".jsonl", jsonl)):
@@ -591,7 +601,7 @@ def read_split_files(files, names):
 
 def hashed_split(name):
     """90 / 5 / 5 by a hash of the file name: adding pictures moves no other."""
-    share = int(hashlib.sha256(stem(name).encode()).hexdigest()[:8], 16) / 2 ** 32
+    share = int(hashlib.sha256(stem(name).encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 2 ** 32
     return "train" if share < 0.90 else "val" if share < 0.95 else "test"
 
 

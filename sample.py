@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bpe import make_tokenizer, text_to_ranks
-from common import Parser, UserError, check_ranges, one_line, run
+from common import Parser, UserError, atomic_write, check_ranges, one_line, run
 from model import Captioner, ModelOptions
 from prepare_flickr import load_image, read_records, read_split
 
@@ -54,7 +54,7 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # torch raises many kinds for a file that isn't one, or holds more than weights
-        raise UserError(f"{path} can't be read as a checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})") from None
+        raise UserError(f"{path} can't be read as a checkpoint ({type(e).__name__}: {' '.join(str(e).split())[:200]})") from None
     missing = {"model", "options", "tokenizer", "version"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise UserError(f"{path} is no checkpoint of nanoCaption: {', '.join(sorted(missing))} missing")
@@ -109,12 +109,12 @@ def load(path="out/nano", device="auto"):
     .image_size (pixels a side that the model sees).
     """
     checkpoint = read_checkpoint(path)
-    tokenizer = make_tokenizer(text_to_ranks(checkpoint["tokenizer"]["ranks"]), checkpoint["tokenizer"]["pattern"])
     device = pick_device(device)
     try:
+        tokenizer = make_tokenizer(text_to_ranks(checkpoint["tokenizer"]["ranks"]), checkpoint["tokenizer"]["pattern"])
         model = build(checkpoint).to(device)
-    except ValueError as e:
-        raise e if str(path) in str(e) else UserError(f"{path}: {e}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path}: {e if isinstance(e, UserError) else f'damaged ({type(e).__name__}: {e})'}") from None
     return SimpleNamespace(model=model, tokenizer=tokenizer, image_size=model.options.image_size)
 
 
@@ -183,7 +183,8 @@ def draw_sheet(path, images, texts, columns=4, size=200):
             draw.multiline_text((x, y + size + 2), "\n".join(blocks[i]), "black", font, spacing=2)
         y += height
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with atomic_write(path) as file:
+        sheet.save(file, Image.registered_extensions()[Path(path).suffix.lower()])
 
 
 def find_pictures(paths, split, limit):

@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -64,16 +65,16 @@ def printed(folder):
 
 
 def finish(folder, script, *arguments, **options):
-    """A script of ours, to its end -> (exit code, what it printed)."""
-    return ended(launch(folder / "io", script, *arguments, **options), folder / "io").returncode, printed(folder)
+    """A script of ours, to its end -> (exit code, what it printed on stderr)."""
+    done = ended(launch(folder / "io", script, *arguments, **options), folder / "io")
+    return done.returncode, done.stderr.decode(errors="replace")
 
 
-def one_line(code, output, wanted, *parts):
-    """"" where a script ended with the exit code that was wanted and one line of error with these parts, else what it did."""
-    lines = [line for line in output.splitlines() if "error" in line.lower() or "Traceback" in line]
-    if code == wanted and len(lines) == 1 and "Traceback" not in output and all(part in lines[0] for part in parts):
+def one_line(code, errors, wanted, *parts):
+    """"" where a script ended with the exit code that was wanted and one line on stderr with these parts, else what it did."""
+    if code == wanted and errors.count("\n") == 1 and "Traceback" not in errors and all(part in errors for part in parts):
         return ""
-    return f"exit code {code} for {wanted}, expected {parts}: {output[-300:]!r}"
+    return f"exit code {code} for {wanted}, expected {parts}: {errors[-300:]!r}"
 
 
 # ---- training that is killed, stopped, or finds the disk full
@@ -121,13 +122,13 @@ def loadable(out_dir):
     for path in (out_dir / "last.pt", out_dir / "best.pt"):
         if path.exists():
             try:
-                sample.build(sample.read_checkpoint(path)).state_dict()
+                sample.build(torch.load(path, weights_only=True))
             except Exception as e:
                 return f"{path.name} can't be loaded: {e}"
     return ""
 
 
-def interrupted(how, folder, rng, steps=40):
+def interrupted(how, folder, rng, steps=25):
     """Runs that `how(process, folder)` breaks at a random moment again and again until they are through: a yield for each time."""
     tiny_data(folder)
     began = time.monotonic()
@@ -155,7 +156,7 @@ def interrupted(how, folder, rng, steps=40):
                 break
 
 
-@fault("training, killed (SIGKILL)", quick=3, share=6)
+@fault("training, killed (SIGKILL)", quick=5, share=6)
 def killed(folder, rng):
     def how(process, folder):
         process.kill()
@@ -173,10 +174,18 @@ def told_to_stop(folder, rng):
                 os.kill(process.pid, number)
             time.sleep(0.01)
         process.join(60)
-        output = printed(folder)
-        # 0: it was through just then; minus: before train.py had begun to listen; 1 without a word: before it had begun at all
-        fine = process.exitcode in (0, 128 + number, -number, 1 if not output else 0) and "Traceback" not in output
-        return "" if fine else f"{times} signals {number}: exit code {process.exitcode}: {output[-300:]}"
+        code, output = process.exitcode, printed(folder)
+        process.kill()
+        if "Traceback" in output:
+            return output[-300:]
+        if "step" not in output:  # before it listened: Python's own answers; 1 without a word: before it had begun at all
+            return "" if code in (128 + number, -number, 1 if not output else -number) else f"exit code {code}: {output}"
+        if code == 0 or code == 130 and times == 2:  # through just then; left at once
+            return ""
+        stopped = re.search(r"stopped at step (\d+)", output)
+        out_dir = max(folder.glob("broken*"), key=lambda path: int(path.name[6:]))
+        saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"]
+        return "" if code == 128 + number and stopped and int(stopped[1]) == saved else f"exit code {code}, saved {saved}: {output[-200:]}"
     yield from interrupted(how, folder, rng)
 
 
@@ -216,13 +225,13 @@ def rank_killed(folder, rng):
         while not (out_dir / "last.pt").exists() and process.poll() is None:
             time.sleep(0.05)
         time.sleep(rng.random())
-        ranks = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
-        if ranks and process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(rng.choice(ranks)), signal.SIGKILL)
-        began = time.monotonic()
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if process.poll() is not None or not ranks:
+            continue  # it was through already
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(rng.choice(ranks)), signal.SIGKILL)
         try:
-            process.wait(60)
+            lost = "" if process.wait(60) else "exit code 0"
         except subprocess.TimeoutExpired:
             lost = "the other rank was still there after a minute"
             process.kill()
@@ -238,20 +247,23 @@ def long_run(folder, rng):
     tiny_data(folder)
     steps, first = 10_000, None
     process = launch(folder / "io", "train.py", *command(folder, "long", steps), "--eval_interval=20", "--log_interval=100")
-    for goal in range(2000, steps + 1, 2000):
-        log, it = folder / "long/log.jsonl", 0
-        while it < goal and process.exitcode is None:
-            time.sleep(0.05)
-            it = json.loads(log.read_text().rstrip("\n").rsplit("\n", 1)[-1])["iter"] if log.exists() and log.stat().st_size else 0
-        if goal == steps:
-            process.join()
-            yield "" if process.exitcode == 0 else f"exit code {process.exitcode}"
-            return
-        with open(f"/proc/{process.pid}/status") as status:
-            memory = int(re.search(r"RssAnon:\s+(\d+)", status.read())[1])
-        now = memory, len(os.listdir(f"/proc/{process.pid}/fd")), sum(p.stat().st_size for p in (folder / "long").glob("*.pt"))
-        first = first or now
-        yield "" if now[0] < first[0] * 1.05 + 2000 and now[1] <= first[1] + 1 and now[2] <= first[2] * 1.01 else f"{first} grew to {now}"
+    try:
+        for goal in range(2000, steps + 1, 2000):
+            log, it = folder / "long/log.jsonl", 0
+            while it < goal and process.exitcode is None:
+                time.sleep(0.05)
+                it = json.loads(log.read_text().rstrip("\n").rsplit("\n", 1)[-1])["iter"] if log.exists() and log.stat().st_size else 0
+            if goal == steps:
+                process.join()
+                yield "" if process.exitcode == 0 else f"exit code {process.exitcode}"
+                return
+            with open(f"/proc/{process.pid}/status") as status:
+                memory = int(re.search(r"RssAnon:\s+(\d+)", status.read())[1])
+            now = memory, len(os.listdir(f"/proc/{process.pid}/fd")), sum(p.stat().st_size for p in (folder / "long").glob("*.pt"))
+            first = first or now
+            yield "" if now[0] < first[0] * 1.05 + 2000 and now[1] <= first[1] + 1 and now[2] <= first[2] * 1.01 else f"{first} grew to {now}"
+    finally:
+        process.kill()
 
 
 # ---- preparing that is killed or finds the disk full
@@ -315,16 +327,20 @@ def prepare_without_room(folder, rng):
         yield lost or one_line_or_same(*finish(folder, "prepare_flickr.py", *prepare_command(folder, name)), folder / name, whole)
 
 
-@fault("preparing, two at once", quick=1, share=1)
-def prepare_twice(folder, rng):
+@fault("two at once in one folder: preparing, training", quick=3, share=1)
+def two_at_once(folder, rng):
     photos(folder)
+    tiny_data(folder)
+    (folder / "two").mkdir()
+    lock = common.exclusive(folder / "two")
+    yield one_line(*finish(folder, "prepare_flickr.py", *prepare_command(folder, "two")), 2, "another process")
+    yield one_line(*finish(folder, "train.py", *command(folder, "two", 1)), 2, "another process")
+    lock.close()
     assert finish(folder, "prepare_flickr.py", *prepare_command(folder, "whole"))[0] == 0
     whole = contents(folder / "whole")
     for number in itertools.count():
         processes = [launch(folder / io, "prepare_flickr.py", *prepare_command(folder, f"two{number}")) for io in ("io", "io2")]
-        for process in processes:
-            process.join()
-        codes = sorted(process.exitcode for process in processes)
+        codes = sorted(ended(process, folder / io).returncode for process, io in zip(processes, ("io", "io2")))
         lost = "" if codes in ([0, 0], [0, 2]) else f"exit codes {codes}"
         yield lost or one_line_or_same(0, "", folder / f"two{number}", whole)
 
@@ -332,14 +348,14 @@ def prepare_twice(folder, rng):
 # ---- downloads and addresses
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """What it serves is told by the address: /picture, /slow, /endless, /loop, /elsewhere, /page, /404, /short."""
+    """What it serves is told by the address: /picture, /slow, /endless, /loop, /elsewhere, /nonsense, /page, /404, /short."""
     picture = b""
 
     def do_GET(self):
         what = self.path.split("?")[0].strip("/")
-        if what in ("loop", "elsewhere"):
+        if what in ("loop", "elsewhere", "nonsense"):
             self.send_response(302)
-            self.send_header("Location", "/loop" if what == "loop" else "ftp://example.org/x.jpg")
+            self.send_header("Location", {"loop": "/loop", "elsewhere": "ftp://example.org/x.jpg", "nonsense": "http://["}[what])
             return self.end_headers()
         self.send_response(404 if what == "404" else 200)
         body = self.picture if what in ("picture", "slow", "short") else b"<html>no picture</html>"
@@ -362,6 +378,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def website(handler=Handler):
+    os.environ["no_proxy"] = "127.0.0.1"
     site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     site.daemon_threads = True
     threading.Thread(target=site.serve_forever, daemon=True).start()
@@ -372,7 +389,7 @@ def website(handler=Handler):
         site.server_close()
 
 
-@fault("addresses of pictures", quick=10, share=0.2)
+@fault("addresses of pictures", quick=11, share=0.2)
 def addresses(folder, rng):
     Image.new("RGB", (60, 40), "red").save(buffer := io.BytesIO(), "JPEG")
     Handler.picture = buffer.getvalue()
@@ -381,7 +398,7 @@ def addresses(folder, rng):
     try:
         with website() as site:
             for path, said in itertools.cycle((
-                    ("picture", ""), ("slow", "after 1 seconds"), ("endless", "more than 1 MB"), ("loop", "redirects"),
+                    ("picture", ""), ("slow", "after 1 seconds"), ("endless", "more than 1 MB"), ("loop", "redirects"), ("nonsense", "can't be fetched"),
                     ("elsewhere", "can't be fetched"), ("page", "not a readable picture"), ("404", "404"), ("short", "can't be fetched"),
                     ("refused", "can't be fetched"), ("ftp", "only http"))):
                 address = {"refused": "http://127.0.0.1:9/x.jpg", "ftp": "ftp://127.0.0.1/x.jpg"}.get(path, f"{site}/{path}")
@@ -432,27 +449,15 @@ def hostile_pictures(rng):
         image.save(buffer := io.BytesIO(), format, **options)
         return buffer.getvalue()
 
-    formats = {"jpg": encoded(noise, "JPEG"), "png": encoded(noise, "PNG"), "gif": encoded(noise.convert("P"), "GIF"),
-               "webp": encoded(noise, "WEBP"), "bmp": encoded(noise, "BMP"), "tif": encoded(noise, "TIFF")}
-    for extension, data in formats.items():
-        yield f"whole.{extension}", data, True
-        for twentieth in range(20):
-            yield f"cut{twentieth}.{extension}", data[:len(data) * twentieth // 20], False if twentieth < 8 else None
-        for i in range(45):
-            broken = bytearray(data)
-            for _ in range(rng.choice((1, 1, 10, 100))):
-                broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
-            yield f"flipped{i}.{extension}", bytes(broken), None
-        yield f"wrong_{extension}.{'png' if extension == 'jpg' else 'jpg'}", data, True
-        yield f"tail.{extension}", data + rng.randbytes(1000), True
-        yield f"noise.{extension}", rng.randbytes(2000), False
     yield "one.png", encoded(noise.resize((1, 1)), "PNG"), True
     yield "tall.png", encoded(noise.resize((1, 20000)), "PNG"), True
     yield "wide.jpg", encoded(noise.resize((20000, 1)), "JPEG"), True
     yield "bomb.png", encoded(Image.new("1", (20000, 20000)), "PNG"), False
     header = bytearray(encoded(noise, "PNG"))
     header[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+    header[29:33] = struct.pack(">I", zlib.crc32(header[12:29]))
     yield "lies.png", bytes(header), False
+    yield "code.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99 99\n%%EndComments\n{} loop\n", False
     for mode, format in (("CMYK", "JPEG"), ("L", "JPEG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("I", "TIFF"),
                          ("F", "TIFF"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "JPEG"), ("HSV", "TIFF")):
         with contextlib.suppress(OSError, ValueError, KeyError):  # what this Pillow can't write is nothing to try
@@ -480,16 +485,24 @@ def hostile_pictures(rng):
     for i in range(80):
         text.add_text(f"comment{i}", "x" * 1_000_000, zip=True)
     yield "texts.png", encoded(noise, "PNG", pnginfo=text), None
-
-
-def grown(before):
-    """GB by which this process's largest memory has grown since it was `before`."""
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
+    formats = {"jpg": encoded(noise, "JPEG"), "png": encoded(noise, "PNG"), "gif": encoded(noise.convert("P"), "GIF"),
+               "webp": encoded(noise, "WEBP"), "bmp": encoded(noise, "BMP"), "tif": encoded(noise, "TIFF")}
+    for extension, data in formats.items():
+        yield f"whole.{extension}", data, True
+        for twentieth in range(20):
+            yield f"cut{twentieth}.{extension}", data[:len(data) * twentieth // 20], False if twentieth < 8 else None
+        for i in range(45):
+            broken = bytearray(data)
+            for _ in range(rng.choice((1, 1, 10, 100))):
+                broken[rng.randrange(len(broken))] ^= 1 << rng.randrange(8)
+            yield f"flipped{i}.{extension}", bytes(broken), None
+        yield f"wrong_{extension}.{'png' if extension == 'jpg' else 'jpg'}", data, True
+        yield f"tail.{extension}", data + rng.randbytes(1000), True
+        yield f"noise.{extension}", rng.randbytes(2000), False
 
 
 @fault("pictures, hostile", quick=500, share=0.5)
 def pictures(folder, rng):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while True:
         for name, data, wanted in hostile_pictures(rng):
             path = folder / name
@@ -502,23 +515,39 @@ def pictures(folder, rng):
                 lost = "" if not wanted and name in str(e) and "\n" not in str(e) else f"{name}: {e}"
             except BaseException as e:
                 lost = f"{name}: {type(e).__name__}: {e}"
-            yield lost or (f"{name}: {grown(before):.2f} GB" if grown(before) > 1 else "")
+            yield lost
             path.unlink()
 
 
-@fault("pictures, as large as they may be", quick=0, share=0.5)
+@fault("pictures, large or pretending: memory", quick=0, share=0.5)
 def large_pictures(folder, rng):
-    for mode in itertools.cycle(("RGBA", "P", "I", "I;16", "F", "CMYK", "RGB")):
-        with Image.new(mode, (8000, 8000)) as image:
-            options = dict(transparency=0) if mode == "P" else {}
-            image.save(path := folder / ("large.tif" if mode in ("F", "CMYK", "I") else "large.png"), **options)
-        child = subprocess.run([sys.executable, "-c", "import resource, sys; from prepare_flickr import load_image; load_image(sys.argv[1], 32); "
-                                "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)", path], cwd=HERE, capture_output=True, text=True)
-        used = int(child.stdout or 0) / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
-        yield "" if 0 < used < 1.1 else f"{mode}: {used:.2f} GB, {child.stderr[-200:]}"
+    measure = """
+import resource, sys
+from prepare_flickr import UserError, load_image
+try:
+    load_image(sys.argv[1], 32)
+except UserError as e:
+    print(e, file=sys.stderr)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    files = [f"large_{mode.replace(';', '')}.{'tif' if mode in ('F', 'CMYK', 'I') else 'png'}" for mode in ("RGBA", "P", "I", "I;16", "F", "CMYK", "RGB")]
+    for file, mode in zip(files, ("RGBA", "P", "I", "I;16", "F", "CMYK", "RGB")):
+        Image.new(mode, (8000, 8000)).save(folder / file, **(dict(transparency=0) if mode == "P" else {}))
+    Image.new("L", (20000, 8000)).save(folder / "large_progressive.jpg", progressive=True)
+    Image.new("L", (13000, 13000)).save(folder / "large.jpg")
+    tries = [(file, file != "large_progressive.jpg") for file in [*files, "large_progressive.jpg", "large.jpg"]]
+    for name, data, wanted in hostile_pictures(rng):
+        if name in ("bomb.png", "lies.png", "text.png", "texts.png", "tall.png", "wide.jpg"):
+            (folder / name).write_bytes(data)
+            tries.append((name, wanted))
+    for name, wanted in itertools.cycle(tries):
+        done = subprocess.run([sys.executable, "-c", measure, folder / name], cwd=HERE, capture_output=True, text=True)
+        used = int(done.stdout or 0) / (2 ** 20 if sys.platform != "darwin" else 2 ** 30)
+        fine = 0 < used < 1.1 and wanted in (None, not done.stderr)  # 0.1 GB is Python's own
+        yield "" if fine else f"{name}: {used:.2f} GB, {done.stderr[-200:]}"
 
 
-@fault("folders and names, hostile (a try: a whole folder)", quick=1, share=0.3)
+@fault("folders and names, hostile (a try: a whole folder)", quick=3, share=0.3)
 def names(folder, rng):
     tiny_data(folder)
     assert finish(folder, "train.py", *command(folder, "trained", 1))[0] == 0
@@ -538,7 +567,7 @@ def names(folder, rng):
         bad = ["folder.jpg", "pipe.jpg", "device.jpg", "link.jpg", "empty.jpg"]
         for more in ([], ["--json"]):
             code, output = finish(folder, "sample.py", "--image", inside, "--out_dir", folder / "trained", "--device", "cpu", *more)
-            captions = [line for line in output.splitlines() if "sample.py" not in line]
+            captions = (folder / "io/output").read_text().splitlines()
             errors = [line for line in output.splitlines() if "error:" in line]
             lost = "" if code == 1 and len(captions) == len(fine) and len(errors) == len(bad) else f"exit code {code}: {output[-600:]!r}"
             lost = lost or next((f"no error for {name}" for name in bad if not any(name in line for line in errors)), "")
@@ -546,9 +575,14 @@ def names(folder, rng):
                 found = sorted(json.loads(line)["image"] for line in captions)
                 lost = "" if found == sorted(str(inside / name) for name in fine) else f"names: {found}"
             yield lost
+        lines = [json.dumps({"image": name, "captions": [f"a picture named {i}"]}) for i, name in enumerate(fine) if name.strip() == name]
+        (inside / "captions.jsonl").write_text("\n".join(lines))
+        code, output = finish(folder, "prepare_flickr.py", "--images", inside, "--captions", inside / "captions.jsonl", "--vocab_size", 300,
+                              "--out_dir", folder / f"prepared_{inside.name}", "--image_size", 16, "--workers", 1)
+        yield f"exit code {code}: {output}" if code else ""
 
 
-@fault("archives, hostile", quick=14, share=0.3)
+@fault("archives, hostile", quick=15, share=0.3)
 def archives(folder, rng):
     Image.new("RGB", (40, 40), "blue").save(buffer := io.BytesIO(), "JPEG")
     good, other = buffer.getvalue(), b""
@@ -588,21 +622,22 @@ def archives(folder, rng):
              ("double.zip", lambda p: zipped(p, [("in/p0.jpg", other)]), 0, ""),
              ("rival.zip", lambda p: zipped(p, [("else/p0.jpg", other)]), 2, "p0.jpg may be"),
              ("encrypted.zip", encrypted, 2, "encrypted"),
-             ("bomb.zip", lambda p: zipped(p, [("in/p20.jpg", zeros)]), 2, "p20.jpg"),
+             ("bomb.zip", lambda p: zipped(p, [("in/p20.jpg", zeros)]), 2, "no picture's file is so large"),
              ("cut.zip", lambda p: (zipped(p, []), p.write_bytes(p.read_bytes()[:-100])), 2, "cut.zip"),
              ("climbs.tar", lambda p: tarred(p, [("../../up.jpg", other)]), 0, ""),
              ("absolute.tar.gz", lambda p: tarred(p, [(str(folder / "abs.jpg"), other)]), 0, ""),
              ("links.tar", lambda p: tarred(p, [], [("in/p20.jpg", "/etc/passwd", tarfile.SYMTYPE), ("out", "/", tarfile.SYMTYPE),
-                                                    ("in/p21.jpg", "/etc/passwd", tarfile.LNKTYPE)]), 0, ""),
+                                                    ("in/p21.jpg", "/etc/passwd", tarfile.LNKTYPE)]), 2, "no such picture"),
              ("double.tar", lambda p: tarred(p, [("in/p0.jpg", other)]), 0, ""),
-             ("bomb.tar.gz", lambda p: tarred(p, [("in/p20.jpg", zeros)]), 2, "p20.jpg"),
+             ("bomb.tar.gz", lambda p: tarred(p, [("in/p20.jpg", zeros)]), 2, "no picture's file is so large"),
              ("cut.tar.gz", lambda p: (tarred(p, []), p.write_bytes(p.read_bytes()[:-50])), 2, "cut.tar.gz"),
+             ("cut.tar", lambda p: (tarred(p, []), p.write_bytes(p.read_bytes()[:9000])), 2, "cut.tar"),
              ("noise.zip", lambda p: p.write_bytes(rng.randbytes(3000)), 2, "noise.zip")]
     for number in itertools.count():
         name, make, wanted, said = cases[number % len(cases)]
         inside = Path(tempfile.mkdtemp(dir=folder))
         captions = inside / "captions.token"
-        captions.write_text("".join(f"p{i}.jpg#0\ta dog number {i} runs\n" for i in range(n + ("bomb" in name))))
+        captions.write_text("".join(f"p{i}.jpg#0\ta dog number {i} runs\n" for i in range(n + ("bomb" in name) + 2 * ("links" in name))))
         make(inside / name)
         before = sorted(str(p) for p in folder.rglob("*"))
         argv = ["--images", inside / name, "--captions", captions, "--out_dir", inside / "out", "--vocab_size", 300, "--image_size", 16,
@@ -637,12 +672,12 @@ def caption_files(rng):
 
 
 def mangle(text, rng):
-    """A caption file, broken in one of many ways."""
+    """A caption file broken in one of many ways -> (bytes, whether that may spoil one line alone)."""
     lines = text.encode().split(b"\n")
     i = rng.randrange(len(lines))
     kind = rng.randrange(13)
     if kind == 0:
-        return text.encode()[:rng.randrange(len(text))]
+        return text.encode()[:rng.randrange(len(text))], False
     if kind == 1:
         lines[i] = lines[i][:rng.randrange(len(lines[i]) + 1)]
     elif kind == 2:
@@ -651,7 +686,7 @@ def mangle(text, rng):
             line[rng.randrange(len(line))] ^= 1 << rng.randrange(8)
         lines[i] = bytes(line)
     elif kind == 3:
-        return b"\xef\xbb\xbf" + b"\r\n".join(lines)
+        return b"\xef\xbb\xbf" + b"\r\n".join(lines), True
     elif kind == 4:
         lines.insert(i, rng.randbytes(rng.randrange(200)).replace(b"\n", b""))
     elif kind == 5:
@@ -659,18 +694,18 @@ def mangle(text, rng):
     elif kind == 6:
         lines[i] += b"\0" * rng.randint(1, 100) + b"\0"
     elif kind == 7:
-        return text.encode(rng.choice(("utf-16", "utf-32", "latin-1", "utf-7")))
+        return text.encode(rng.choice(("utf-16", "utf-32", "latin-1", "utf-7"))), False
     elif kind == 8:
-        return rng.randbytes(5000)
+        return rng.randbytes(5000), False
     elif kind == 9:
-        return rng.choice((b"[", b'{"a":')) * rng.choice((10, 100_000))
+        return rng.choice((b"[", b'{"a":')) * rng.choice((10, 100_000)), False
     elif kind == 10:
         lines[i] = lines[i].replace(rng.choice((b'"', b",", b"#", b"\t", b"|", b":", b"{")), rng.choice((b"", b'"', b"\xff", b"\t")))
     elif kind == 11:
         rng.shuffle(lines)
     else:
         lines[i] += rng.choice((b"\xed\xa0\x80", b"\\ud800", b"\xe2\x80\xa8", b"\x1a", b"\x0c", b"\x85", b'"' * 999))
-    return b"\n".join(lines)
+    return b"\n".join(lines), kind != 11
 
 
 @fault("caption files, mangled", quick=400, share=1)
@@ -678,7 +713,7 @@ def captions(folder, rng):
     path = folder / "captions"
     while True:
         for kind, text in caption_files(rng):
-            for data in (text.encode(), *(mangle(text, rng) for _ in range(10))):
+            for data, one_spoilt in ((text.encode(), True), *(mangle(text, rng) for _ in range(10))):
                 path.write_bytes(data)
                 lost, began = "", time.monotonic()
                 try:
@@ -688,6 +723,8 @@ def captions(folder, rng):
                              and (marks := real.intersection(re.findall("Zq([0-9a-f]{12})", caption))) and name[:12] not in marks]
                     if data == text.encode() and len(found) != 18:
                         lost = f"{kind}: {len(found)} captions of 18"
+                    if one_spoilt and kind in ("token", "bars", "json lines") and len(found) < 15:
+                        lost = f"{kind}: one line spoilt, {len(found)} captions of 18 found: {data[:200]}"
                     if wrong:
                         lost = f"{kind}: {wrong[0]} is not its picture's"
                 except UserError as e:
@@ -706,7 +743,7 @@ class Code:
         return os.system, ("touch owned",)
 
 
-@fault("checkpoints, damaged or foreign", quick=24, share=0.3)
+@fault("checkpoints, damaged or foreign", quick=35, share=0.3)
 def checkpoints(folder, rng):
     tiny_data(folder)
     assert finish(folder, "train.py", *command(folder, "trained", 3))[0] == 0
@@ -716,7 +753,8 @@ def checkpoints(folder, rng):
                ("a model of another size", lambda c: c["options"].update(n_embd=32)), ("no tokenizer", lambda c: c.pop("tokenizer")),
                ("a weight less", lambda c: c["model"].popitem()), ("a weight more", lambda c: c["model"].update(x=torch.zeros(1))),
                ("a tensor's place", lambda c: c["model"].update({"wte.weight": 1})), ("another family", lambda c: c["options"].update(encoder_family="x")),
-               ("no dict", None)]
+               ("no tokenizer's ranks", lambda c: c["tokenizer"].update(ranks=5)), ("a size as text", lambda c: c["options"].update(n_embd="32")),
+               ("no options", lambda c: c.update(options=None)), ("no weights", lambda c: c.update(model={})), ("no dict", None)]
     while True:
         for twentieth in range(20):
             path.write_bytes(whole[:len(whole) * twentieth // 20])
@@ -787,7 +825,7 @@ def options(folder, rng):
             for given, what in tries:
                 try:
                     code, output = called(main, [*needed.get(main, ["--config", nowhere]), given])
-                except BaseException as e:
+                except BaseException:
                     code, output = -1, traceback.format_exc()
                 lost = one_line(code, output, 2, name if what == "wrong" else given[2:given.index("=")])
                 yield f"{main.__module__}.py {given}: {lost}" if lost else ""
