@@ -43,11 +43,11 @@ ROUNDS = 5
 # ---- tools
 
 def draw_captions(n, seed=0):
-    """n captions, str, of invented words: lengths as in Flickr8k, frequencies as in language (Zipf)."""
-    rng = np.random.default_rng(seed)
-    letters = np.array(list("etaoinshrdlucmfwygpbvk"))
+    """n captions, str, of invented words: lengths as in Flickr8k, frequencies as in language (Zipf, Mandelbrot)."""
+    letters, rng = np.array(list("etaoinshrdlucmfwygpbvk")), np.random.default_rng(0)
     lexicon = ["".join(rng.choice(letters, rng.integers(1, 9))) for _ in range(12000)]
-    p = 1 / (np.arange(len(lexicon)) + 10)
+    rng = np.random.default_rng((seed, 1))
+    p = 1 / (np.arange(len(lexicon)) + 3) ** 1.3  # so that 8,192 tokens make captions of 13 to 14, as Flickr8k's (13) are
     lengths = rng.choice(len(WORDS), n, p=np.array(WORDS) / sum(WORDS))
     words = rng.choice(len(lexicon), lengths.sum(), p=p / p.sum())
     return [" ".join(lexicon[w] for w in part) for part in np.split(words, lengths.cumsum()[:-1])]
@@ -388,8 +388,10 @@ def main():
         rng, n = np.random.default_rng(0), max(64, 2 * options.batch_size)
         images = [np.asarray(draw_picture(rng, options.image_size, options.image_size)) for _ in range(n)]
         texts = draw_captions(5 * n)
+        many = draw_captions(30000, seed=1)  # what the vocabulary is learned from, as in a real data set
+        write_dataset(folder / "words", {"train": (["x"], [many], np.zeros((1, 8, 8, 3), np.uint8))}, 8, vocab_size=VOCAB)
         write_dataset(folder / "data", {"train": ([f"{i}.jpg" for i in range(n)], [texts[5 * i:5 * i + 5] for i in range(n)], images)},
-                      options.image_size, vocab_size=VOCAB)
+                      options.image_size, tokenizer=str(folder / "words"))
         if args.what in ("train", "all"):
             results["train"] = bench_train(options, device, args.peer)
         if args.what in ("decode", "all"):

@@ -69,8 +69,7 @@ def load_image(source, size):
               Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image):
             if image.width * image.height > PIXELS and (image.format != "JPEG" or "progression" in image.info):
                 raise ValueError(f"{image.width} × {image.height} pixels are too many: make it smaller")
-            # A large JPEG decodes faster at 1/2, 1/4 or 1/8; down to twice the size, the filter below hides it.
-            image.draft(None, (2 * size, 2 * size))
+            image.draft(None, (size, size))  # a large JPEG decodes faster at 1/2, 1/4 or 1/8, the smallest that is no smaller than size
             image.load()
             # A damaged EXIF block can raise anything and is no reason to lose the picture.
             with contextlib.suppress(Exception):
