@@ -178,7 +178,7 @@ def told_to_stop(folder, rng):
         process.kill()
         if "Traceback" in output:
             return output[-300:]
-        if "step" not in output:  # before it listened: Python's own answers; 1 without a word: before it had begun at all
+        if "\nstep " not in output:  # before it listened: Python's own answers; 1 without a word: before it had begun at all
             return "" if code in (128 + number, -number, 1 if not output else -number) else f"exit code {code}: {output}"
         if code == 0 or code == 130 and times == 2:  # through just then; left at once
             return ""
