@@ -176,7 +176,7 @@ def told_to_stop(folder, rng):
         process.join(60)
         code, output = process.exitcode, printed(folder)
         process.kill()
-        if "Traceback" in output:
+        if "Traceback" in output and "common.py" in output:  # elsewhere: Python was still reading the script
             return output[-300:]
         if "\nstep " not in output:  # before it listened: Python's own answers; 1 without a word: before it had begun at all
             return "" if code in (128 + number, -number, 1 if not output else -number) else f"exit code {code}: {output}"
