@@ -63,9 +63,6 @@ def run(main):
         main()
         sys.stdout.flush()
         return
-    except BrokenPipeError:  # whoever read has enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except UserError as error:
         message, code = f"error: {error}", 2
     except (OSError, ArithmeticError) as error:
@@ -80,6 +77,10 @@ def run(main):
             raise
         message, code = f"error: out of memory: take smaller batches or pictures ({error})", 1
     print(f"{os.path.basename(sys.argv[0])}: {one_line(' '.join(message.split()))}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, a pipe whose reader has gone: at exit it would fail once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

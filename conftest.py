@@ -4,15 +4,18 @@ takes milliseconds and not seconds.
 """
 import multiprocessing
 import os
+import random
 import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch._dynamo  # noqa: F401: optimizers load it, a second each time
 
 import bench  # noqa: F401: with it, all of ours
+from prepare_flickr import write_dataset
 
 HERE = Path(__file__).resolve().parent
 context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")  # macOS can't fork what has used Metal
@@ -57,3 +60,12 @@ def ended(process, folder, timeout=300):
     process.kill()
     assert code is not None, f"still running after {timeout} seconds"
     return SimpleNamespace(returncode=code, stdout=(folder / "output").read_bytes(), stderr=(folder / "errors").read_bytes())
+
+
+def tiny_dataset(folder):
+    """A prepared folder: 20 pictures of 20 × 20 to train on and 6 others, with one to five captions each, in words of various lengths."""
+    rng, words = random.Random(0), "a the dog cat child left red ball runs jumps over under blue grassy field".split()
+    sentence = lambda: " ".join(rng.choice(words) for _ in range(rng.randint(2, 9)))
+    splits = {split: ([f"{split}{i}.jpg" for i in range(n)], [[sentence() for _ in range(rng.randint(1, 5))] for _ in range(n)],
+                      np.random.default_rng(len(split)).integers(0, 256, (n, 20, 20, 3), np.uint8)) for split, n in (("train", 20), ("val", 6))}
+    write_dataset(folder, splits, image_size=20, vocab_size=280)

@@ -271,7 +271,7 @@ def main():
                 print(json.dumps({"image": name, "captions": captions}, ensure_ascii=False))
             else:
                 for c in captions:
-                    print(f"{one_line(name)}: {c['text']}")
+                    print(one_line(f"{name}: {c['text']}"))
                 for reference in references:
                     print(f"    a person: {reference}")
             if args.sheet:

@@ -387,9 +387,7 @@ def main():
         raise UserError(f"{options.data_dir} was prepared with another tokenizer than {options.decoder}'s: give prepare_flickr.py "
                         f"--tokenizer {options.decoder}")
     out_dir, log_path = Path(options.out_dir), Path(options.out_dir, "log.jsonl")
-    if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = exclusive(out_dir)  # noqa: F841: held until the process ends
+    lock = exclusive(out_dir) if rank == 0 and out_dir.is_dir() else None  # held until the process ends
     checkpoint, resumed = starting_point(options, explicit, tokenizer_text, meta["fingerprint"])
     if options.image_size > meta["image_size"]:
         raise UserError(f"image_size {options.image_size} is more than the {meta['image_size']} that {options.data_dir} was prepared "
@@ -438,6 +436,8 @@ def main():
     captions_of = np.diff(split["index"])  # (N,)
 
     if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock or exclusive(out_dir)
         cut_log(log_path, it)
         n_params = sum(p.numel() for p in model.parameters())
         print(f"{n_params / 1e6:.2f} M parameters ({sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M in the encoder), "
