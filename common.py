@@ -55,10 +55,17 @@ def check_ranges(options, **ranges):
             raise UserError(f"{name} must be from {low:g} to {high:g}, not {value}")
 
 
+def interrupt(number, frame):
+    """A handler of signals that interrupts once: what comes after it would only interrupt the clearing up."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def run(main):
     """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) or ArithmeticError in
     one line and 1, an interrupt in one line and 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a picture's name may be anything
+    signal.signal(signal.SIGINT, interrupt)
     try:
         main()
         sys.stdout.flush()
@@ -70,7 +77,6 @@ def run(main):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += ": make room, then give the same command again"
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # or one more would interrupt this
         message, code = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):

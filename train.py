@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bpe import DECODER_PATTERNS
-from common import Parser, UserError, atomic_write, check_ranges, exclusive, run
+from common import Parser, UserError, atomic_write, check_ranges, exclusive, interrupt, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import ModelOptions, pack
 from muon import Muon
@@ -466,7 +466,7 @@ def main():
 
     def on_signal(number, frame):
         if signals:
-            raise KeyboardInterrupt  # asked twice: leave at once
+            interrupt(number, frame)  # asked twice: leave at once
         signals.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
