@@ -3,6 +3,7 @@ How fast, beside what the machine can do and, with --peer, beside Hugging Face's
 
     python bench.py all --peer            # a few minutes; needs no data set: pictures and captions are drawn
     python bench.py train --config config/base.py --device cuda
+    python bench.py load                  # memory while a decoder of a billion parameters is read (2 GB of disk)
 
 What is compared runs in turn, several times over, on the same threads: a machine that slows down slows all of it. Medians.
 
@@ -10,7 +11,10 @@ Useful FLOPs count the products of the matrices and convolutions that a step can
 with addition: of patches, of real tokens (no padding), in attention of the pairs that may look at each other. Backward counts
 twice forward. The share is of the rate of a 1,536 × 1,536 (CUDA: 8,192 × 8,192) product in the same dtype, in the same rounds.
 """
+import ctypes
+import gc
 import json
+import math
 import os
 import re
 import statistics
@@ -31,6 +35,7 @@ from bpe import make_tokenizer, train_bpe
 from common import Parser, UserError, run
 from model import Captioner, head_loss
 from prepare_flickr import load_meta, write_dataset
+from pretrained import assemble, part_options
 from sample import VERSION, pick_device
 
 HERE = Path(__file__).resolve().parent
@@ -128,7 +133,7 @@ def step_flops(options, captions):
         stem += 2 * N * channels * C
     else:
         stem = 2 * N * 3 * options.patch_size ** 2 * C
-    encoder = B * (stem + options.n_layer_encoder * (24 * N * C * C + 4 * N * N * C))
+    encoder = B * (stem + options.n_layer_encoder * (24 * N * C * C + 4 * N * N * C + 18 * options.local * N * C))
     if options.n_query:
         encoder += B * (4 * N * C * C + options.n_query * (4 * C * C + 4 * N * C))
     crosses = sum((options.n_layer_decoder - 1 - i) % options.cross_every == 0
@@ -136,7 +141,7 @@ def step_flops(options, captions):
     inputs = n + B * P
     decoder = options.n_layer_decoder * (24 * inputs * C * C + 4 * C * (float(lengths.sum()) + n * P + B * P * P))
     decoder += crosses * (4 * inputs * C * C + 4 * B * memory * C * C + 4 * inputs * memory * C) + 2 * B * P * C * C
-    return encoder + decoder + 2 * n * C * VOCAB
+    return encoder + decoder + 2 * n * C * VOCAB + bool(options.unigram) * 2 * B * C * (C + VOCAB)
 
 
 def make_step(options, device, dtype):
@@ -162,7 +167,7 @@ def make_step(options, device, dtype):
         t = time.perf_counter()
         images, captions = train.get_batch(options.data_dir, "train", pictures, model.longest, VOCAB - 1)
         images, captions = images.to(device), {k: v.to(device) for k, v in captions.items()}
-        if options.crop < 1 or options.flip:
+        if options.crop < 1 or options.flip or options.jitter:
             images = train.augment(images, [(0, 0, int(i)) for i in pictures], np.ones(len(pictures), bool), options)
         if parts:
             t = tick("data", t)
@@ -190,6 +195,8 @@ def make_step(options, device, dtype):
             t = tick("encoder", t)
             hidden = model.hidden(memory, **inputs)
             t = tick("decoder", t)
+            if options.unigram:
+                model.unigram(memory.mean(1)) @ model.wte.weight.T
             head_loss(hidden, model.wte.weight, captions["targets"], None, None, None, 0.0, options.smoothing)
             t = tick("head and loss (with their gradients)", t)
             if options.alpha:
@@ -239,8 +246,8 @@ def make_peer(options, vocab_size, device):
 def bench_train(options, device, peer):
     """Rates of a training step as config says, with the peer's recipe, with the teacher; the time by part; memory."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    plain = dict(optimizer="adamw", alpha=0.0, crop=1.0, flip=False)
-    variants = {"as the config says": {}, "AdamW, no augmentation, no teacher": plain, "the same with the teacher": {**plain, "alpha": 0.4}}
+    plain = dict(optimizer="adamw", alpha=0.0, crop=1.0, flip=False, jitter=0.0, local=False, unigram=0.0)
+    variants = {"as the config says": {}, "bare: AdamW, no augmentation, no convolutions, no second loss, no teacher": plain, "bare, with the teacher": {**plain, "alpha": 0.4}}
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device, dtype=dtype)
     with PeakMemory(os.getpid()) as peak:
@@ -254,7 +261,6 @@ def bench_train(options, device, peer):
                     torch.cuda.reset_peak_memory_stats()
                 config_step(), config_step()
                 memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak.mb
-    flops = step_flops(options, captions)
     n_captions = int((captions["position"] == 0).sum())
     functions = {"matmul": lambda: [a @ a for _ in range(8)], **steps}
     if peer:
@@ -266,12 +272,12 @@ def bench_train(options, device, peer):
     parts = [config_parts() for _ in range(ROUNDS + 1)][1:]
     results = {name: dict(images_per_s=options.batch_size / s, captions_per_s=n_captions / s) for name, s in seconds.items()}
     for name, changes in variants.items():
-        alpha = changes.get("alpha", options.alpha)
-        results[name]["share_of_matmul"] = flops * (4 if alpha else 3) / seconds[name] / rate
+        changed = train.Options(**{**vars(options), **changes})
+        results[name]["share_of_matmul"] = step_flops(changed, captions) * (4 if changed.alpha else 3) / seconds[name] / rate
         if peer:
             for other in ("peer, the same vocabulary", "peer, GPT-2's vocabulary"):
                 results[name][f"times {other}"] = seconds[other] / seconds[name]
-    return dict(rates=results, matmul_gflops=rate / 1e9, useful_gflop_forward=flops / 1e9, memory_mb=memory,
+    return dict(rates=results, matmul_gflops=rate / 1e9, useful_gflop_forward=step_flops(options, captions) / 1e9, memory_mb=memory,
                 parts={part: statistics.median(p[part] for p in parts) for part in parts[0]})
 
 
@@ -367,10 +373,49 @@ def bench_prepare(folder):
             "BPE learned from 150,000 captions, seconds": bpe, "captions encoded a second": 150000 / (time.perf_counter() - began)}
 
 
+# ---- loading
+
+def bench_load(folder, n_layer=18, n_embd=2048, n_vocab=GPT2_VOCAB):
+    """
+    Linux only. Memory while a random decoder in GPT-2's shape, float16 on the disk, is read as the frozen bfloat16 base of a LoRA, for
+    student and teacher: a billion parameters unless said otherwise.
+    """
+    shapes = {"wte.weight": (n_vocab, n_embd), "wpe.weight": (32, n_embd), "ln_f.weight": (n_embd,), "ln_f.bias": (n_embd,)}
+    for i in range(n_layer):
+        for name, inside, outside in ("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4), ("mlp.c_proj", 4, 1):
+            shapes |= {f"h.{i}.{name}.weight": (inside * n_embd, outside * n_embd), f"h.{i}.{name}.bias": (outside * n_embd,)}
+        shapes |= {f"h.{i}.ln_{n}.{part}": (n_embd,) for n in (1, 2) for part in ("weight", "bias")}
+    ends = np.cumsum([2 * math.prod(shape) for shape in shapes.values()]).tolist()
+    header = json.dumps({name: dict(dtype="F16", shape=shape, data_offsets=[begin, end])
+                         for (name, shape), begin, end in zip(shapes.items(), [0, *ends], ends)}).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for shape in shapes.values():
+            file.write(np.random.default_rng(0).standard_normal(math.prod(shape), np.float32).astype(np.float16).tobytes())
+    (folder / "config.json").write_text(json.dumps(dict(model_type="gpt2", n_layer=n_layer, n_head=8, n_embd=n_embd, vocab_size=n_vocab)))
+    fixed = part_options("", str(folder))[0]
+    options = train.Options(**fixed, decoder=str(folder), lora_rank=2, block_size=32, bridge="prefix", n_query=1, image_size=32,
+                            patch_size=8, n_layer_encoder=1, n_embd_encoder=32, n_head_encoder=2)
+    with torch.device("meta"):  # which makes torch load more of itself
+        Captioner(options, n_vocab)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what writing has freed would be used again, unseen
+    with PeakMemory(os.getpid()) as before:
+        time.sleep(0.1)
+    with PeakMemory(os.getpid()) as peak:
+        model = assemble(options, n_vocab, frozen_dtype=torch.bfloat16)
+        teacher = train.make_teacher(model)
+    if not all(t is p for t, p in zip(teacher.parameters(), model.parameters()) if not p.requires_grad):
+        raise RuntimeError("student and teacher don't share their frozen weights")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2 ** 20
+    return {"parameters, millions": sum(p.numel() for p in model.parameters()) / 1e6, "weights_mb": weights,
+            "peak_mb": peak.mb - before.mb, "peak / weights": (peak.mb - before.mb) / weights}
+
+
 def main():
     """The command: see the top of this file."""
     parser = Parser(description="Speed beside the machine's limit and beside a peer.")
-    parser.add_argument("what", nargs="?", default="all", choices=("train", "decode", "prepare", "all"))
+    parser.add_argument("what", nargs="?", default="all", choices=("train", "decode", "prepare", "all", "load"))
     parser.add_argument("--config", default=str(HERE / "config/nano.py"), help="sizes and recipe (default: config/nano.py)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--peer", action="store_true", help="also Hugging Face's VisionEncoderDecoderModel (needs transformers)")
@@ -382,6 +427,10 @@ def main():
                    threads=torch.get_num_threads(), cores=os.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
+        if args.what == "load":
+            results["load"] = bench_load(folder)
+            print(json.dumps(results)) if args.json else print_results(results)
+            return
         options, _ = train.read_options([args.config, f"--data_dir={folder / 'data'}"])
         if options.encoder or options.decoder:
             raise UserError("the formula for FLOPs is for models of our own: give a config without pretrained parts")

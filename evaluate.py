@@ -263,18 +263,22 @@ def generate(captioner, images, **options):
 
 def summed_loss(captioner, images, texts):
     """
-    images: uint8 (N, S, S, 3), texts: for each a list of str -> (summed cross-entropy in nats, tokens with EOT,
-    characters, captions cut to the longest that the model takes) of all the texts.
+    images: uint8 (N + 1, S, S, 3), texts: for each of the first N a list of str -> (5,): summed cross-entropy in nats, the
+    same with each picture replaced by the next, tokens with EOT, characters, captions cut to the longest that the model
+    takes, of all the texts.
     """
     import torch
-    from model import pack
+    from model import head_loss, pack
     model, encode = captioner.model, captioner.tokenizer.encode_ordinary
     texts = [[" ".join(text.split()) for text in captions] for captions in texts]
     tokens = [[encode(text) for text in captions] for captions in texts]
     batch = {k: v.to(model.mean.device) for k, v in pack(tokens, model.eot_token, model.longest).items()}
+    targets = batch.pop("targets")
     with torch.no_grad():
-        nats = model(torch.from_numpy(images).to(model.mean.device), batch)[1].item()
-    return np.array([nats, len(batch["targets"]), sum(len(text) for captions in texts for text in captions),
+        memory = model.encode(torch.from_numpy(images).to(model.mean.device))
+        nats = [head_loss(model.hidden(m, **batch), model.wte.weight.detach(), targets, None, None, None, 0.0, 0.0)[1].item()
+                for m in (memory[:-1], memory[1:])]
+    return np.array([*nats, len(targets), sum(len(text) for captions in texts for text in captions),
                      sum(len(words) >= model.longest for captions in tokens for words in captions)])
 
 
@@ -336,8 +340,8 @@ def print_table(result):
     for title, row in rows.items():
         cells = [f"{row[key]:9.{1 if key == 'mean_words' else 3}f}" for key in columns.values()] if row else []
         print(f"{title:26}" + ("".join(cells) or "  (too few captions)"))
-    print(f"loss {result['loss']:.4f} nats a token, "
-          f"{result['bits_per_char']:.4f} bits a character, on people's captions")
+    print(f"loss {result['loss']:.4f} nats a token, {result['bits_per_char']:.4f} bits a character, on people's captions; "
+          f"{result['loss_shuffled']:.4f} with each picture replaced by another")
     print("* each of a picture's captions against its others: one reference fewer than the rows beside it have")
     for name in "meteor", "spice":
         if name in result:
@@ -367,7 +371,7 @@ def main():
     add("--limit", type=int, help="at most so many pictures")
     add("--beam", type=int, default=3, help="beams of the search, 1: greedy (default: %(default)s)")
     add("--max_tokens", type=int, help="no caption longer than this (default: what the model was trained on)")
-    add("--length_penalty", type=float, default=1.0, help="beams compare by log-probability / length ** this")
+    add("--length_penalty", type=float, default=0.5, help="beams compare by log-probability / length ** this")
     add("--batch_size", type=int, default=64, help="pictures at a time (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--json", action="store_true", help="print one JSON object instead of the table")
@@ -397,15 +401,15 @@ def main():
     names, references, get = find_pictures(args)
     from sample import load
     captioner = load(args.out_dir, args.device)
-    texts, sums, began = [], np.zeros(4), time.monotonic()
+    texts, sums, began = [], np.zeros(5), time.monotonic()
     for start in range(0, len(names), args.batch_size):
         rows = range(start, min(start + args.batch_size, len(names)))
-        images = get(rows, captioner.image_size)
+        images, after = (get(r, captioner.image_size) for r in (rows, range(rows.stop % len(names), rows.stop % len(names) + 1)))
         texts += generate(captioner, images, beam=args.beam, max_tokens=args.max_tokens,
                           length_penalty=args.length_penalty, batch_size=args.batch_size)
-        sums += summed_loss(captioner, images, [references[i] for i in rows])
+        sums += summed_loss(captioner, np.concatenate([images, after]), [references[i] for i in rows])
         progress("pictures", len(texts), len(names), began)
-    nats, tokens, characters, cut = sums.tolist()
+    nats, nats_shuffled, tokens, characters, cut = sums.tolist()
     if cut:
         print(f"evaluate.py: {cut:.0f} captions of people were cut to {captioner.model.longest} tokens for the loss, "
               "which makes bits_per_char too low", file=sys.stderr)
@@ -413,10 +417,15 @@ def main():
         print(f"evaluate.py: CIDEr on {len(names)} pictures says little: it weighs words by how rare they are, "
               "which takes 100 or more", file=sys.stderr)
 
+    if len(names) > 1 and nats_shuffled - nats < 0.01 * tokens:
+        print(f"evaluate.py: this captioner hardly looks at its pictures: with other pictures it finds people's captions as "
+              f"likely ({nats_shuffled / tokens:.4f} nats a token) as with their own ({nats / tokens:.4f})", file=sys.stderr)
+
     words = [tokenize(text) for text in texts]
     reference_words = [[tokenize(text) for text in captions] for captions in references]
     refs = cider_references(reference_words)
     result = {"images": len(names), **score_all(words, reference_words, refs), "loss": nats / tokens,
+              "loss_shuffled": nats_shuffled / tokens,
               "bits_per_char": nats / math.log(2) / characters, **baselines(reference_words, refs)}
     if args.meteor_spice:
         result |= meteor_spice(words, reference_words)

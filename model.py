@@ -38,6 +38,7 @@ class ModelOptions:
     image_size: int = 128       # pixels a side that the encoder sees; pictures of other sizes are resized to it
     patch_size: int = 16        # pixels a side of one patch
     stem: str = "conv"          # how patches become vectors: "conv" (strided convolutions) or "patch" (one linear layer)
+    local: bool = False         # before each block of the encoder a depthwise convolution over neighbouring patches
     n_layer_encoder: int = 4
     n_layer_decoder: int = 3
     n_head: int = 4
@@ -46,6 +47,7 @@ class ModelOptions:
     bridge: str = "cross"       # how the picture reaches the words: "cross" (attention), "prefix" (soft prompt) or "both"
     cross_every: int = 1        # cross-attention in every so many-th decoder block, the last one always
     block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
+    unigram: float = 0.0        # weight of a second loss: the words, told from the mean of what the encoder gives; 0: none
     dropout: float = 0.0        # on embeddings and on what each sub-layer adds
     encoder_family: str = "own"  # whose architecture, see FAMILIES: own, vit, deit, dinov2, clip
     decoder_family: str = "own"  # own, gpt2, falcon
@@ -64,6 +66,8 @@ class ModelOptions:
         for name in ("n_embd_encoder", "n_head_encoder"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.local and self.encoder_family != "own":
+            raise ValueError(f"local is for an encoder of our own, not for {self.encoder_family}: give --local=False")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         if self.image_size % self.patch_size:
@@ -309,6 +313,17 @@ class PatchStem(nn.Linear):
         return super().forward(patchify(images, self.patch_size))  # (B, N, C)
 
 
+class Neighbours(nn.Conv2d):
+    """Adds to each patch what a 3×3 depthwise convolution finds around it (arXiv 2102.10882): (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, n_embd):
+        super().__init__(n_embd, n_embd, 3, padding=1, groups=n_embd)
+
+    def forward(self, x):
+        grid = math.isqrt(x.size(1))
+        return x + super().forward(x.transpose(1, 2).unflatten(2, (grid, grid))).flatten(2).transpose(1, 2)
+
+
 class Encoder(nn.Module):
     """Normalised pictures (B, 3, S, S) -> (B, N, C), class tokens first where the family has any; (B, n_query, C) with pooling."""
 
@@ -326,6 +341,7 @@ class Encoder(nn.Module):
             self.register_buffer("positions", sincos_2d(options.image_size // options.patch_size, C), persistent=False)
         self.norm_first = nn.LayerNorm(C, family.eps) if family.norm_first else nn.Identity()
         self.dropout = nn.Dropout(options.dropout)
+        self.neighbours = nn.ModuleList(Neighbours(C) if options.local else nn.Identity() for _ in range(options.n_layer_encoder))
         self.blocks = nn.ModuleList(Block(C, n_head, family, options.dropout) for _ in range(options.n_layer_encoder))
         self.norm = nn.LayerNorm(C, family.eps) if family.norm_last else nn.Identity()
         if options.n_query:
@@ -338,8 +354,8 @@ class Encoder(nn.Module):
         if hasattr(self, "class_tokens"):
             x = torch.cat([self.class_tokens.expand(x.size(0), -1, -1), x], dim=1)
         x = self.norm_first(self.dropout(x + self.positions))
-        for block in self.blocks:
-            x = block(x)
+        for neighbours, block in zip(self.neighbours, self.blocks):
+            x = block(neighbours(x))
         x = self.norm(x)
         if hasattr(self, "queries"):
             queries = self.queries.expand(x.size(0), -1, -1)
@@ -449,6 +465,8 @@ class Captioner(nn.Module):
             self.wpe = nn.Embedding(options.block_size, options.n_embd)
         if options.n_prefix:
             self.prefix = nn.Linear(options.encoder_size[0], options.n_embd)
+        if options.unigram:
+            self.unigram = nn.Linear(options.encoder_size[0], options.n_embd)
         self.dropout = nn.Dropout(options.dropout)
         cross = [options.bridge != "prefix" and (options.n_layer_decoder - 1 - i) % options.cross_every == 0
                  for i in range(options.n_layer_decoder)]
@@ -463,6 +481,8 @@ class Captioner(nn.Module):
         for name, p in parameters.items():
             if p.ndim == 1:  # biases; norms' weights and layer scales
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+            elif "neighbours" in name:
+                nn.init.zeros_(p)
             elif p.ndim == 4:
                 nn.init.kaiming_normal_(p, nonlinearity="relu")
             else:
@@ -502,16 +522,22 @@ class Captioner(nn.Module):
         """
         images (B, S, S, 3), captions from pack -> two sums over the n tokens: the training loss (see HeadLoss) and the
         plain cross-entropy in nats. teacher: a Captioner whose distribution has the weight alpha in the loss. Where captions
-        hold a factor, float (n,), each token's loss is multiplied by it.
+        hold a factor, float (n,), each token's loss is multiplied by it. Elsewhere, with options.unigram, training adds the
+        cross-entropy of each token given the mean of its picture's vectors alone (arXiv 1511.02251), which teaches the encoder directly.
         """
-        targets = captions["targets"]
+        targets, factor = captions["targets"], captions.get("factor")
         inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
         soft, memory = (None, None), self.encode(images)
         if teacher is not None and alpha:
             with torch.no_grad():
                 soft = teacher.hidden(teacher.encode(images), **inputs), teacher.wte.weight
         weight = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()  # which tells HeadLoss that none is wanted
-        return head_loss(self.hidden(memory, **inputs), weight, targets, captions.get("factor"), *soft, alpha, smoothing)
+        second = 0.0
+        if self.options.unigram and self.training:
+            logp = F.linear(self.unigram(memory.mean(1)), self.wte.weight).float().log_softmax(-1)  # (B, V)
+            second = -logp[inputs["slot"] // inputs["segment"].size(1), targets].sum() * self.options.unigram * (factor is None)
+        loss, ce = head_loss(self.hidden(memory, **inputs), weight, targets, factor, *soft, alpha, smoothing)
+        return loss + second, ce
 
     # ---- generation
 
@@ -568,7 +594,7 @@ class Captioner(nn.Module):
         return logp
 
     @torch.no_grad()
-    def beam_search(self, images, beam=3, length_penalty=1.0, min_tokens=1, max_tokens=None, no_repeat_ngram=0):
+    def beam_search(self, images, beam=3, length_penalty=0.5, min_tokens=1, max_tokens=None, no_repeat_ngram=0):
         """
         images uint8 (B, S, S, 3) -> a list for each picture with its best caption: (token ids without EOT, log-probability
         with EOT). beam=1 is greedy. At each step the `beam` best continuations that don't end stay; a continuation by EOT

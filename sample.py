@@ -119,7 +119,7 @@ def load(path="out/nano", device="auto"):
 
 
 def caption_images(captioner, images, beam=3, num_samples=1, batch_size=64, seed=0, temperature=1.0, top_k=0, top_p=1.0,
-                   length_penalty=1.0, **limits):
+                   length_penalty=0.5, **limits):
     """
     images: uint8 (N, S, S, 3) of any size S -> for each picture a list of {"text": str, "logprob": float, in nats}: one
     caption by beam search (beam=1: greedy), or num_samples > 1 sampled ones. limits: min_tokens, max_tokens,
@@ -228,7 +228,7 @@ def main():
     parser.add_argument("--no_repeat_ngram", type=int, default=0, help="no n-gram of this length twice (0: no limit)")
     parser.add_argument("--min_tokens", type=int, default=1, help="no caption shorter than this")
     parser.add_argument("--max_tokens", type=int, help="no caption longer than this (default: what the model was trained on)")
-    parser.add_argument("--length_penalty", type=float, default=1.0,
+    parser.add_argument("--length_penalty", type=float, default=0.5,
                         help="beam search compares log-probability / length ** this (0: no compensation)")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
     parser.add_argument("--seed", type=int, default=0)

@@ -238,7 +238,7 @@ def test_scores_of_a_known_captioner(command, folder, monkeypatch):
                       "--sheet", "sheet.png")
     result = json.loads(printed.out)
     assert list(result) == ["images", "cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "distinct", "mean_words",
-                            "loss", "bits_per_char", "human", "chance", "constant"]
+                            "loss", "loss_shuffled", "bits_per_char", "human", "chance", "constant"]
     assert result["images"] == 6 and result["mean_words"] == 4 and result["distinct"] == 1
     assert [result["bleu1"], result["bleu4"], result["rouge_l"]] == pytest.approx([1, 1, 1])
     assert result["cider"] > result["chance"]["cider"]
@@ -268,6 +268,35 @@ def test_loss_is_that_of_each_caption_alone(command, folder):
     result = json.loads(command("--data_dir", "data", "--json", "--max_tokens", "5").out)
     assert result["loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert result["bits_per_char"] == pytest.approx(nats / math.log(2) / characters, rel=1e-5)
+
+
+def test_a_captioner_that_ignores_its_pictures_is_shown_as_such(command, folder):
+    """One that learned the six pictures by heart, and the same without its encoder's output."""
+    import torch
+    from model import pack
+    from sample import load
+    captioner, records = load(folder / "out", "cpu"), evaluate.read_records(str(folder / "data"), "val")
+    batch = pack([[captioner.tokenizer.encode_ordinary(text) for text in r["captions"]] for r in records], captioner.model.eot_token, 64)
+    images = torch.from_numpy(np.array(evaluate.read_split(str(folder / "data"), "val")["images"]))
+    optimizer = torch.optim.AdamW(captioner.model.parameters(), lr=1e-2)
+    for _ in range(100):
+        (captioner.model(images, batch)[0] / len(batch["targets"])).backward()
+        optimizer.step(), optimizer.zero_grad()
+    checkpoint = torch.load(folder / "out/best.pt", weights_only=True) | {"model": captioner.model.state_dict()}
+    torch.save(checkpoint, folder / "learned.pt")
+    for key in ("encoder.norm.weight", "encoder.norm.bias"):
+        checkpoint["model"][key] = torch.zeros_like(checkpoint["model"][key])
+    torch.save(checkpoint, folder / "ignores.pt")
+    looks = command("--data_dir", "data", "--json", "--out_dir", "learned.pt", "--batch_size", "4")
+    result = json.loads(looks.out)
+    assert result["loss_shuffled"] > result["loss"] + 0.1 and result["distinct"] >= 0.5 and "hardly looks" not in looks.err
+    with torch.no_grad():  # each picture's captions with the next one's picture
+        expected = captioner.model(images.roll(-1, 0), batch)[1].item() / len(batch["targets"])
+    assert result["loss_shuffled"] == pytest.approx(expected, rel=1e-5)
+    ignores = command("--data_dir", "data", "--json", "--out_dir", "ignores.pt", "--batch_size", "4")
+    result = json.loads(ignores.out)
+    assert result["loss_shuffled"] == pytest.approx(result["loss"], rel=1e-5) and "hardly looks at its pictures" in ignores.err
+    assert result["distinct"] == pytest.approx(1 / 6)
 
 
 def test_files_score_as_the_prepared_split(command):

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 import train
 from conftest import HERE, ended, launch, tiny_dataset
 from evaluate import cider, cider_references, document_frequencies
-from model import Captioner, ModelOptions, PatchStem, head_loss, pack, patchify
+from model import Captioner, ModelOptions, Neighbours, PatchStem, head_loss, pack, patchify
 from muon import orthogonalise
 from sample import caption, load
 
 BRIDGES = [dict(bridge="cross"), dict(bridge="prefix"), dict(bridge="both", n_query=3), dict(bridge="prefix", n_query=2),
-           dict(bridge="cross", cross_every=2, stem="patch")]
+           dict(bridge="cross", cross_every=2, stem="patch", local=True)]
 TINY = dict(image_size=16, patch_size=8, n_layer_encoder=1, n_layer_decoder=2, n_head=2, n_embd=32, block_size=24)
 
 
@@ -91,6 +91,35 @@ def test_a_pixel_of_any_channel_touches_its_own_patch_alone():
         images[0, channel, 5, 9] = 1
         changed = (stem(images) != before).any(-1)[0]
         assert changed.nonzero().flatten().tolist() == [5]
+
+
+def test_neighbours_are_convolved_on_the_grid():
+    torch.manual_seed(0)
+    layer, x = Neighbours(5), torch.randn(2, 9, 5)
+    for b, row, column in itertools.product(range(2), range(3), range(3)):
+        expected = x[b, 3 * row + column] + layer.bias
+        for dy, dx in itertools.product((-1, 0, 1), repeat=2):
+            if 0 <= row + dy < 3 and 0 <= column + dx < 3:
+                expected = expected + layer.weight[:, 0, dy + 1, dx + 1] * x[b, 3 * (row + dy) + column + dx]
+        torch.testing.assert_close(layer(x)[b, 3 * row + column], expected)
+    plain, local = (Captioner(ModelOptions(**TINY, local=local), 50).encoder for local in (False, True))
+    local.load_state_dict(plain.state_dict(), strict=False)  # at first they do nothing
+    torch.testing.assert_close(local(torch.ones(1, 3, 16, 16)), plain(torch.ones(1, 3, 16, 16)))
+
+
+@pytest.mark.parametrize("factor", [None, 0.5])
+def test_unigram_loss_is_that_of_each_word_given_the_mean_patch(factor):
+    model, images, captions = tiny(unigram=0.7), pictures(3), random_captions(3)
+    batch = pack(captions, 49, model.longest)
+    if factor:
+        batch["factor"] = torch.full((len(batch["targets"]),), factor)
+    plain, _ = model(images, batch)
+    loss, _ = model.train()(images, batch)
+    logp = (model.unigram(model.encode(images).mean(1)) @ model.wte.weight.T).log_softmax(-1)
+    expected = -sum(logp[i, word].item() for i in range(3) for words in captions[i] for word in [*words, 49])
+    assert (loss - plain).item() == pytest.approx(0 if factor else 0.7 * expected, rel=1e-4, abs=1e-4)
+    loss.backward()
+    assert (model.unigram.weight.grad.abs().max() > 0) == (factor is None)
 
 
 @pytest.mark.parametrize("options", BRIDGES)
@@ -263,7 +292,8 @@ def test_samples_follow_the_distribution():
 
 def test_options_that_cannot_be_built_say_why():
     for wrong, word in [(dict(bridge="bridge"), "cross, prefix, both"), (dict(image_size=20), "multiple"), (dict(n_head=5), "n_head"),
-                        (dict(patch_size=12, image_size=24), "power of 2"), (dict(bridge="prefix", block_size=4), "no room")]:
+                        (dict(patch_size=12, image_size=24), "power of 2"), (dict(bridge="prefix", block_size=4), "no room"),
+                        (dict(local=True, encoder_family="vit"), "local is for")]:
         with pytest.raises(ValueError, match=word):
             Captioner(ModelOptions(**{**TINY, **wrong}), 50)
 
@@ -313,6 +343,15 @@ def test_augmentation():
     crops = train.augment(images, seeds, [True] * 8, options)
     assert crops.shape == (8, 8, 8, 3) and crops.min() >= 0 and crops.max() <= 255
     torch.testing.assert_close(crops[3:5], train.augment(images[3:5], seeds[3:5], [True] * 2, options))  # alone as in a batch
+    lit = train.augment(images, seeds, [False] * 8, train.Options(image_size=16, crop=1.0, jitter=0.4))
+    for light, image in zip(lit, images.float()):
+        brightness = light.mean() / image.mean()
+        contrast = light.mean(-1).std() / image.mean(-1).std() / brightness
+        share = (light[..., 0] - light[..., 1]) / (image[..., 0] - image[..., 1] + 1e-3)  # all three, the same for all pixels
+        torch.testing.assert_close(share.median(), share.quantile(0.2), rtol=0.02, atol=0)
+        for factor in (brightness, contrast, share.median() / brightness / contrast):
+            assert 0.6 <= factor <= 1.4 and abs(factor - 1) > 1e-4
+    assert len({round(light.mean().item() / image.float().mean().item(), 3) for light, image in zip(lit, images)}) == 8
     assert train.says_side(["A dog", "on the Left side"]) and not train.says_side(["He leftover", "bright"])
 
 
@@ -342,7 +381,7 @@ def test_overfits_a_hundred_pictures():
 # ---- train.py as it is used
 
 CONFIG = dict(TINY, batch_size=8, max_iters=8, log_interval=2, eval_interval=4, eval_images=4, warmup_iters=2, alpha=0.4,
-              momentum=0.9, crop=0.6, flip=True, device="cpu", learning_rate=1e-2)
+              momentum=0.9, crop=0.6, flip=True, jitter=0.2, local=True, unigram=0.3, device="cpu", learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -492,7 +531,8 @@ def test_fine_tuning_and_what_init_from_refuses(data, tmp_path):
     one_line_error(start(data, tmp_path / "x", "--init_from=nowhere", check=False), 2, "no checkpoint at nowhere")
     start(data, tmp_path / "tuned", f"--init_from={out}", "--learning_rate=0", options=dict(n_embd=64))  # the checkpoint's 32 holds
     best = torch.load(out / "best.pt", weights_only=True)
-    assert_same(last(tmp_path / "tuned")["model"], best["model"])
+    assert all(t.dtype == torch.float16 for t in best["model"].values())
+    assert_same(last(tmp_path / "tuned")["model"], {name: t.float() for name, t in best["model"].items()})
     (tmp_path / "junk.pt").write_bytes(b"junk")
     one_line_error(start(data, tmp_path / "x", f"--init_from={tmp_path / 'junk.pt'}", check=False), 2, "junk.pt")
     assert not (tmp_path / "x").exists()
@@ -587,6 +627,23 @@ def test_sample_captions_pictures_and_names_bad_ones(trained, data, tmp_path):
         line["captions"][0]["text"] for line in lines[:2]]
     with pytest.raises(ValueError, match="broken.jpg"):
         caption(captioner, folder / "broken.jpg")
+
+
+def test_fine_tuning_on_photos_of_ones_own(trained, tmp_path):
+    """As README does, on new pictures with new words: the captioner learns them and keeps its tokenizer."""
+    (tmp_path / "photos").mkdir()
+    lines = ["image,caption"]
+    for i in range(60):  # enough for the 5 % that become val
+        colour = ["red", "blue"][i % 2]
+        Image.new("RGB", (30, 20), colour).save(tmp_path / "photos" / f"{i}.png")
+        lines.append(f'{i}.png,"my {colour} zeppelin"')
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    run("prepare_flickr.py", "--images", tmp_path / "photos", "--captions", tmp_path / "captions.csv", "--out_dir", tmp_path / "mine",
+        "--image_size", 16, "--tokenizer", trained)
+    start(tmp_path / "mine", tmp_path / "tuned", f"--init_from={trained}", "--max_iters=60", "--eval_interval=60", "--alpha=0")
+    tuned, before = load(tmp_path / "tuned", "cpu"), load(trained, "cpu")
+    said = caption(tuned, [tmp_path / "photos" / name for name in ("0.png", "1.png")])
+    assert said == ["my red zeppelin", "my blue zeppelin"] != caption(before, [tmp_path / "photos" / name for name in ("0.png", "1.png")])
 
 
 @pytest.mark.parametrize("args,parts", [

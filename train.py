@@ -51,6 +51,7 @@ class Options(ModelOptions):
     # pictures
     crop: float = 1.0                 # random crops keep at least this share of the area; 1: none
     flip: bool = False                # mirror every second picture, but those whose captions say "left" or "right"
+    jitter: float = 0.0               # brightness, contrast and saturation change by up to this share
     # loss
     smoothing: float = 0.0            # label smoothing
     alpha: float = 0.0                # weight of the teacher's distribution in the loss, ramped up over the first epoch
@@ -113,11 +114,11 @@ def read_options(argv):
         if getattr(options, name) not in allowed:
             raise UserError(f"{name} must be one of {', '.join(allowed)}, not {getattr(options, name)!r}")
     check_ranges(
-        options, batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1),
+        options, batch_size=(1, 1e9), grad_accum=(1, 1e9), max_iters=(0, 1e12), max_minutes=(0, 1e9), crop=(0.01, 1), jitter=(0, 1),
         smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1), samples=(0, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3),
         weight_decay=(0, 1e3), beta1=(0, 0.9999), beta2=(0, 0.99999), grad_clip=(0, 1e9), warmup_iters=(0, 1e12), min_lr=(0, 1),
         lora_rank=(0, 1e6), lora_alpha=(0, 1e6), lora_dropout=(0, 0.99),
-        log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1))
+        unigram=(0, 1e3), log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9), seed=(0, 2**32 - 1))
     if options.samples == 1 or options.samples and (options.alpha or options.smoothing):
         raise UserError("self-critical training compares samples of one picture: samples must be 2 or more, alpha and smoothing 0")
     if not options.max_iters and not options.max_minutes:
@@ -190,12 +191,15 @@ def get_batch(data_dir, split, pictures, longest, eot_token):
 
 def augment(images, seeds, may_flip, options):
     """
-    A crop and perhaps a mirror image of each picture, by one affine sampling: uint8 (B, S, S, 3) -> float (B, s, s, 3), scale
-    0..255, s = options.image_size. What happens to a picture depends on its own seed alone.
+    A crop and perhaps a mirror image of each picture, by one affine sampling, and a change of its light: uint8 (B, S, S, 3) ->
+    float (B, s, s, 3), scale 0..255 (a little beyond, by light), s = options.image_size. What happens to a picture depends on
+    its own seed alone.
     """
-    theta = torch.zeros(len(images), 2, 3)
+    theta, light = torch.zeros(len(images), 2, 3), torch.ones(3, len(images))  # factors of brightness, contrast, saturation
     for i, seed in enumerate(seeds):
-        area, stretch, x, y, mirror = np.random.default_rng(seed).random(5)
+        rng = np.random.default_rng(seed)
+        area, stretch, x, y, mirror = rng.random(5)
+        light[:, i] = torch.from_numpy(1 + options.jitter * (2 * rng.random(3) - 1))
         side = math.sqrt(options.crop + (1 - options.crop) * area)
         stretch = (4 / 3) ** (stretch - 0.5) if options.crop < 1 else 1  # sides of up to 4:3 to each other
         w, h = min(side * stretch, 1), min(side / stretch, 1)
@@ -204,6 +208,12 @@ def augment(images, seeds, may_flip, options):
         theta[i, 0, 2], theta[i, 1, 2] = (2 * x - 1) * (1 - w), (2 * y - 1) * (1 - h)
     grid = F.affine_grid(theta.to(images.device), (len(images), 3, options.image_size, options.image_size), align_corners=False)
     x = F.grid_sample(images.permute(0, 3, 1, 2).float(), grid, padding_mode="border", align_corners=False)
+    if options.jitter:
+        brightness, contrast, saturation = light.to(x.device).view(3, -1, 1, 1, 1)
+        grey = x.mean(1, keepdim=True)
+        x = grey + saturation * (x - grey)
+        middle = grey.mean((2, 3), keepdim=True)
+        x = ((x - middle) * contrast + middle) * brightness
     return x.permute(0, 2, 3, 1)
 
 
@@ -213,6 +223,17 @@ def says_side(captions):
 
 
 # ---- self-critical training
+
+@torch.no_grad()
+def sharpen(model):
+    """
+    Halves the temperature of a model's words, once before self-critical training: label smoothing has spread a tenth of the
+    probability over all words, and a sample with such a word in it teaches only to avoid it. A norm that is frozen stays.
+    """
+    if model.norm.weight.requires_grad:
+        model.norm.weight *= 2
+        model.norm.bias *= 2
+
 
 def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
     """
@@ -406,6 +427,8 @@ def main():
     model.recompute = options.recompute
     if checkpoint:
         restore(model, checkpoint["model"])
+    if options.samples and checkpoint and not resumed and not checkpoint["options"].get("samples"):
+        sharpen(model)
     model.to(device)
     teacher = make_teacher(model)
     optimizers = make_optimizers(model, options)
@@ -503,7 +526,7 @@ def main():
             mine = slice((micro * world + rank) * share, (micro * world + rank + 1) * share)
             images, captions = get_batch(options.data_dir, "train", pictures[mine], model.longest, model.eot_token)
             images = images.to(device)
-            if options.crop < 1 or options.flip:
+            if options.crop < 1 or options.flip or options.jitter:
                 seeds = [(options.seed, int(e), int(i)) for e, i in zip(epochs[mine], pictures[mine])]
                 images = augment(images, seeds, may_flip[pictures[mine]], options)
             if options.samples:
@@ -563,7 +586,8 @@ def main():
                     best = results[name]["cider"]
                     if rank == 0:
                         with atomic_write(out_dir / "best.pt") as f:
-                            torch.save(dict(model=kept(candidate), which=name, iter=it, eval=results[name], **about), f)
+                            weights = {k: t.half() for k, t in kept(candidate).items()}  # half the size; a run goes on from last.pt
+                            torch.save(dict(model=weights, which=name, iter=it, eval=results[name], **about), f)
             log("\n".join(f"  {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in r.items()) for name, r in results.items())
                 + "".join(f"\n    {text}    (a person: {refs[0]})" for text, refs in zip(texts[:3], references)), eval=results)
             save()
