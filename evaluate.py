@@ -23,7 +23,7 @@ from collections import Counter
 
 import numpy as np
 
-from common import Parser, UserError, atomic_write, check_ranges, progress, run
+from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, progress, run
 from prepare_flickr import EXTENSION, list_images, load_image, match, read_captions, read_entry, read_records, read_split
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,30 +255,31 @@ def baselines(references, refs, seed=0):
 # the captioner
 
 
-def generate(captioner, images, **options):
-    """images: uint8 (N, S, S, 3) -> N captions, str"""
-    from sample import caption_images
-    return [found[0]["text"] for found in caption_images(captioner, images, **options)]
+def encode(captioner, images):
+    """images: uint8 (N, S, S, 3) -> what the decoder sees of them, (N, patches, C)"""
+    import torch
+    with torch.no_grad():
+        return captioner.model.encode(torch.from_numpy(images).to(captioner.model.mean.device))
 
 
-def summed_loss(captioner, images, texts):
+def generate(captioner, memory, **options):
+    """memory: N encoded pictures -> N captions, str"""
+    return [captioner.tokenizer.decode(words).strip() for [(words, _)] in captioner.model.beam_search(memory, **options)]
+
+
+def summed_loss(captioner, memory, texts):
     """
-    images: uint8 (N + 1, S, S, 3), texts: for each of the first N a list of str -> (5,): summed cross-entropy in nats, the
+    memory: N + 1 encoded pictures, texts: for each of the first N a list of str -> (5,): summed cross-entropy in nats, the
     same with each picture replaced by the next, tokens with EOT, characters, captions cut to the longest that the model
     takes, of all the texts.
     """
-    import torch
-    from model import head_loss, pack
-    model, encode = captioner.model, captioner.tokenizer.encode_ordinary
+    from model import pack
+    model = captioner.model
     texts = [[" ".join(text.split()) for text in captions] for captions in texts]
-    tokens = [[encode(text) for text in captions] for captions in texts]
-    batch = {k: v.to(model.mean.device) for k, v in pack(tokens, model.eot_token, model.longest).items()}
-    targets = batch.pop("targets")
-    with torch.no_grad():
-        memory = model.encode(torch.from_numpy(images).to(model.mean.device))
-        nats = [head_loss(model.hidden(m, **batch), model.wte.weight.detach(), targets, None, None, None, 0.0, 0.0)[1].item()
-                for m in (memory[:-1], memory[1:])]
-    return np.array([*nats, len(targets), sum(len(text) for captions in texts for text in captions),
+    tokens = [[captioner.tokenizer.encode_ordinary(text) for text in captions] for captions in texts]
+    batch = {k: v.to(memory.device) for k, v in pack(tokens, model.eot_token, model.longest).items()}
+    return np.array([*(model.cross_entropy(m, batch).item() for m in (memory[:-1], memory[1:])), len(batch["targets"]),
+                     sum(len(text) for captions in texts for text in captions),
                      sum(len(words) >= model.longest for captions in tokens for words in captions)])
 
 
@@ -363,7 +364,7 @@ def main():
     """The command: see the top of this file."""
     parser = Parser(description="Scores a captioner against what people wrote.")
     add = parser.add_argument
-    add("--out_dir", default="out/nano", help="a checkpoint or the folder that holds it (default: %(default)s)")
+    add("--out_dir", default=PUBLISHED, help="a checkpoint or the folder that holds it (default: out/flickr8k beside this file)")
     add("--data_dir", default="data/flickr8k", help="a prepared folder (default: %(default)s)")
     add("--split", help="of data_dir (default: val) or, where it names splits, of --captions (default: all)")
     add("--images", help="instead of data_dir: a folder, .zip or .tar of pictures")
@@ -404,10 +405,10 @@ def main():
     texts, sums, began = [], np.zeros(5), time.monotonic()
     for start in range(0, len(names), args.batch_size):
         rows = range(start, min(start + args.batch_size, len(names)))
-        images, after = (get(r, captioner.image_size) for r in (rows, range(rows.stop % len(names), rows.stop % len(names) + 1)))
-        texts += generate(captioner, images, beam=args.beam, max_tokens=args.max_tokens,
-                          length_penalty=args.length_penalty, batch_size=args.batch_size)
-        sums += summed_loss(captioner, np.concatenate([images, after]), [references[i] for i in rows])
+        after = range(rows.stop % len(names), rows.stop % len(names) + 1)
+        memory = encode(captioner, np.concatenate([get(r, captioner.image_size) for r in (rows, after)]))
+        texts += generate(captioner, memory[:-1], beam=args.beam, max_tokens=args.max_tokens, length_penalty=args.length_penalty)
+        sums += summed_loss(captioner, memory, [references[i] for i in rows])
         progress("pictures", len(texts), len(names), began)
     nats, nats_shuffled, tokens, characters, cut = sums.tolist()
     if cut:

@@ -539,11 +539,17 @@ class Captioner(nn.Module):
         loss, ce = head_loss(self.hidden(memory, **inputs), weight, targets, factor, *soft, alpha, smoothing)
         return loss + second, ce
 
-    # ---- generation
+    @torch.no_grad()
+    def cross_entropy(self, memory, captions):
+        """Encoded pictures and packed captions -> how unlikely these are: nats, summed over the n tokens."""
+        inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
+        return head_loss(self.hidden(memory, **inputs), self.wte.weight.detach(), captions["targets"], None, None, None, 0.0, 0.0)[1]
+
+    # ---- generation; images may be encoded already
 
     def start(self, images, k):
         """Encodes the pictures and prepares what `step` needs to write k rows for each: caches, cross-attention keys."""
-        P, memory = self.options.n_prefix, self.encode(images)
+        P, memory = self.options.n_prefix, self.encode(images) if images.ndim == 4 else images
         heads = FAMILIES[self.options.decoder_family]["n_head_kv"] or self.options.n_head
         shape = (len(images) * k, heads, self.options.block_size, self.options.n_embd // self.options.n_head)
         state = dict(past=P, cache=[memory.new_empty(2, *shape) for _ in self.blocks],
@@ -596,7 +602,7 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def beam_search(self, images, beam=3, length_penalty=0.5, min_tokens=1, max_tokens=None, no_repeat_ngram=0):
         """
-        images uint8 (B, S, S, 3) -> a list for each picture with its best caption: (token ids without EOT, log-probability
+        images uint8 (B, S, S, 3), or encoded -> a list for each picture with its best caption: (token ids without EOT, log-probability
         with EOT). beam=1 is greedy. At each step the `beam` best continuations that don't end stay; a continuation by EOT
         is finished if it is among the `beam` best of all. Finished captions compare by log-probability / length **
         length_penalty, EOT counted. A picture is done, and leaves the batch, when `beam` captions are finished and none in
@@ -656,7 +662,7 @@ class Captioner(nn.Module):
     def sample(self, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, min_tokens=1, max_tokens=None,
                no_repeat_ngram=0, seed=0):
         """
-        images uint8 (B, S, S, 3) -> a list for each picture of num_samples captions: (token ids without EOT, log-probability
+        images uint8 (B, S, S, 3), or encoded -> a list for each picture of num_samples captions: (token ids without EOT, log-probability
         with EOT under the model itself, before temperature and truncation). top_k (0: all): only the k likeliest tokens;
         top_p: only the likeliest that together have that probability (arXiv 1904.09751).
         """

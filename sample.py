@@ -1,13 +1,13 @@
 """
 Captions for pictures.
 
-    python sample.py --image photo.jpg more_photos/ --out_dir out/nano
-    python sample.py --image data/flickr8k --split val --limit 10 --sheet out/sheet.png
+    python sample.py --image photo.jpg more_photos/           # by the captioner that comes along, out/flickr8k/best.pt
+    python sample.py --image data/flickr8k --split val --limit 10 --sheet sheet.png --out_dir out/nano
 
 From Python:
 
     from sample import load, caption
-    captioner = load("out/nano")
+    captioner = load()
     print(caption(captioner, "photo.jpg"))
 """
 import itertools
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bpe import make_tokenizer, text_to_ranks
-from common import Parser, UserError, atomic_write, check_ranges, one_line, run
+from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, one_line, run
 from model import Captioner, ModelOptions
 from prepare_flickr import load_image, read_records, read_split
 
@@ -103,7 +103,7 @@ def build(checkpoint):
     return model.eval()
 
 
-def load(path="out/nano", device="auto"):
+def load(path=PUBLISHED, device="auto"):
     """
     path: a checkpoint or its folder -> a captioner: .model (Captioner on the device), .tokenizer (tiktoken.Encoding),
     .image_size (pixels a side that the model sees).
@@ -219,7 +219,7 @@ def main():
                         "folder (data/NAME)")
     parser.add_argument("--split", default="val", help="which split of a prepared folder (default: val)")
     parser.add_argument("--limit", type=int, help="at most so many pictures of each folder")
-    parser.add_argument("--out_dir", default="out/nano", help="a checkpoint or the folder that holds it (default: out/nano)")
+    parser.add_argument("--out_dir", default=PUBLISHED, help="a checkpoint or the folder that holds it (default: out/flickr8k beside this file)")
     parser.add_argument("--beam", type=int, help="beams of the search, 1: greedy (default: 3)")
     parser.add_argument("--num_samples", type=int, default=1, help="above 1: so many sampled captions a picture")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; below 1 keeps to what is likely")

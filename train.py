@@ -324,11 +324,10 @@ def validate(model, options, tokenizer, references, cider_refs, rank, world):
     for start in range(rank * 64, count, world * 64):
         pictures = range(start, min(start + 64, count))
         images, captions = get_batch(options.data_dir, "val", pictures, model.longest, model.eot_token)
-        others = get_batch(options.data_dir, "val", [(i + 1) % count for i in pictures], model.longest, model.eot_token)[0]
-        captions, images = {k: v.to(device) for k, v in captions.items()}, images.to(device)
-        sums += torch.tensor([model(images, captions)[1].item(), model(others.to(device), captions)[1].item(),
-                              len(captions["targets"])])
-        for i, [(words, _)] in zip(pictures, model.beam_search(images, beam=1)):
+        after, _ = get_batch(options.data_dir, "val", [pictures.stop % count], model.longest, model.eot_token)
+        captions, memory = {k: v.to(device) for k, v in captions.items()}, model.encode(torch.cat([images, after]).to(device))
+        sums += torch.tensor([*(model.cross_entropy(m, captions).item() for m in (memory[:-1], memory[1:])), len(captions["targets"])])
+        for i, [(words, _)] in zip(pictures, model.beam_search(memory[:-1], beam=1)):
             texts[i] = tokenizer.decode(words).strip()
     if world > 1:
         dist.all_reduce(sums)
