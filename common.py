@@ -104,7 +104,9 @@ def atomic_write(path):
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides why a write failed
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides why a write failed or ended
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         if isinstance(cause, OSError) and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise

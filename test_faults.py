@@ -174,13 +174,15 @@ def told_to_stop(folder, rng):
         process.kill()
         if "Traceback" in output and "common.py" in output:  # elsewhere: Python was still reading the script
             return output[-300:]
+        out_dir = max(folder.glob("broken*"), key=lambda path: int(path.name[6:]))
+        saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"] if (out_dir / "last.pt").exists() else 0
+        if code == 0:  # it was through just then, or had been before
+            return "" if saved == 25 else f"exit code 0 at step {saved}"
         if "\nstep " not in output:  # before it listened: Python's own answers; 1 without a word: before it had begun at all
             return "" if code in (128 + number, -number, 1 if not output else -number) else f"exit code {code}: {output}"
-        if code == 0 or code == 130 and times == 2:  # through just then; left at once
+        if code == 130 and times == 2:  # left at once
             return ""
         stopped = re.search(r"stopped at step (\d+)", output)
-        out_dir = max(folder.glob("broken*"), key=lambda path: int(path.name[6:]))
-        saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"]
         return "" if code == 128 + number and stopped and int(stopped[1]) == saved else f"exit code {code}, saved {saved}: {output[-200:]}"
     yield from interrupted(how, folder, rng)
 
