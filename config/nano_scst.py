@@ -1,7 +1,7 @@
 # Second stage of config/nano.py: tunes the captioner on CIDEr-D itself (self-critical training).
 #   python train.py config/nano_scst.py --init_from=out/nano
-# The model's options are the checkpoint's. Seven minutes (0.64 epoch) from out/nano raised the samples' CIDEr-D from 0.06 to 0.19 but
-# lowered that of beam search on dev from 0.243 to 0.210: not a gain yet.
+# The model's options are the checkpoint's. 26 minutes (3 epochs) on 2 cores of an AMD EPYC raised CIDEr on dev from 0.265 to 0.284 by
+# beam search (greedy, the first 500 photos: from 0.241 to 0.272 within the first 5 minutes, then hardly more).
 data_dir = "data/flickr8k"
 out_dir = "out/nano_scst"
 max_minutes = 30
