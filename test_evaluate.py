@@ -279,7 +279,7 @@ def test_a_captioner_that_ignores_its_pictures_is_shown_as_such(command, folder)
     batch = pack([[captioner.tokenizer.encode_ordinary(text) for text in r["captions"]] for r in records], captioner.model.eot_token, 64)
     images = torch.from_numpy(np.array(evaluate.read_split(str(folder / "data"), "val")["images"]))
     optimizer = torch.optim.AdamW(captioner.model.parameters(), lr=1e-2)
-    for _ in range(100):
+    for _ in range(300):
         (captioner.model(images, batch)[0] / len(batch["targets"])).backward()
         optimizer.step(), optimizer.zero_grad()
     checkpoint = torch.load(folder / "out/best.pt", weights_only=True) | {"model": captioner.model.state_dict()}
@@ -289,7 +289,7 @@ def test_a_captioner_that_ignores_its_pictures_is_shown_as_such(command, folder)
     torch.save(checkpoint, folder / "ignores.pt")
     looks = command("--data_dir", "data", "--json", "--out_dir", "learned.pt", "--batch_size", "4")
     result = json.loads(looks.out)
-    assert result["loss_shuffled"] > result["loss"] + 0.1 and result["distinct"] >= 0.5 and "hardly looks" not in looks.err
+    assert result["loss_shuffled"] > result["loss"] + 0.1 and result["distinct"] > 0.5 and "hardly looks" not in looks.err
     with torch.no_grad():  # each picture's captions with the next one's picture
         expected = captioner.model(images.roll(-1, 0), batch)[1].item() / len(batch["targets"])
     assert result["loss_shuffled"] == pytest.approx(expected, rel=1e-5)

@@ -496,6 +496,18 @@ torch.save(train.kept.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ.get
     assert_same(dict(ranks[0]), last(tmp_path / "five")["model"])
 
 
+def test_self_critical_training_sharpens_what_was_smoothed_once(data, tmp_path):
+    start(data, tmp_path / "smoothed", "--smoothing=0.1", "--max_iters=2")
+    weights = [torch.load(tmp_path / "smoothed/best.pt", weights_only=True)["model"]]
+    for stage, before in (("first", "smoothed"), ("second", "first")):
+        start(data, tmp_path / stage, f"--init_from={tmp_path / before}", "--samples=2", "--alpha=0", "--learning_rate=0", "--max_iters=1")
+        weights.append(last(tmp_path / stage)["model"])
+    for name, smoothed in weights[0].items():
+        factor = 2 if name in ("norm.weight", "norm.bias") else 1
+        assert_same(weights[1][name], smoothed.float() * factor, name)
+        torch.testing.assert_close(weights[2][name], weights[1][name], rtol=1e-3, atol=1e-3)
+
+
 def test_steps_whose_gradient_is_not_finite_are_skipped(data, tmp_path):
     worker = tmp_path / "worker.py"  # train.py, with pictures that are NaN from the third step on, or in it alone
     worker.write_text(f"""

@@ -227,8 +227,8 @@ def says_side(captions):
 @torch.no_grad()
 def sharpen(model):
     """
-    Halves the temperature of a model's words, once before self-critical training: label smoothing has spread a tenth of the
-    probability over all words, and a sample with such a word in it teaches only to avoid it. A norm that is frozen stays.
+    Halves the temperature of a model's words before self-critical training where label smoothing has spread a tenth of the
+    probability over all words: a sample with such a word in it teaches only to avoid it. A norm that is frozen stays.
     """
     if model.norm.weight.requires_grad:
         model.norm.weight *= 2
@@ -426,7 +426,7 @@ def main():
     model.recompute = options.recompute
     if checkpoint:
         restore(model, checkpoint["model"])
-    if options.samples and checkpoint and not resumed and not checkpoint["options"].get("samples"):
+    if options.samples and checkpoint and not resumed and checkpoint["options"].get("smoothing"):
         sharpen(model)
     model.to(device)
     teacher = make_teacher(model)
