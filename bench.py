@@ -188,12 +188,11 @@ def make_step(options, device, dtype):
             tick("teacher's update", t)
 
     def timed_forward(images, captions):  # once more, apart, for what forward consists of
-        inputs = {k: captions[k] for k in ("tokens", "position", "slot", "segment")}
         with autocast:
             t = time.perf_counter()
             memory = model.encode(images)
             t = tick("encoder", t)
-            hidden = model.hidden(memory, **inputs)
+            hidden = model.hidden(memory, captions)
             t = tick("decoder", t)
             if options.unigram:
                 model.unigram(memory.mean(1)) @ model.wte.weight.T
@@ -201,7 +200,7 @@ def make_step(options, device, dtype):
             t = tick("head and loss (with their gradients)", t)
             if options.alpha:
                 with torch.no_grad():
-                    teacher.hidden(teacher.encode(images), **inputs)
+                    teacher.hidden(teacher.encode(images), captions)
                 tick("teacher's forward, but its head", t)
 
     def timed_step():

@@ -20,8 +20,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-PUBLISHED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "out", "flickr8k")  # the captioner that comes along
-HUB, WEIGHTS = "https://huggingface.co", "data/weights"  # other people's models: where they are, and where they are kept
+HERE = os.path.dirname(os.path.abspath(__file__))
+PUBLISHED = os.path.join(HERE, "out", "flickr8k")  # the captioner that comes along
+HUB, WEIGHTS = "https://huggingface.co", os.path.join(HERE, "data", "weights")  # other people's models: where they are, where we keep them
 PICTURE_BYTES, PICTURE_SECONDS = 2 ** 27, 60  # more than any picture's file has, and than its download may take
 TRIES, WAIT = 8, 2.0  # a download's tries that get no further, and seconds before the second (then twice as many ...)
 

@@ -49,6 +49,7 @@ class ModelOptions:
     block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
     unigram: float = 0.0        # weight of a second loss: the words, told from the mean of what the encoder gives; 0: none
     dropout: float = 0.0        # on embeddings and on what each sub-layer adds
+    word_dropout: float = 0.0   # share of words that training hides from the decoder: it has to look at the picture (arXiv 1511.06349)
     encoder_family: str = "own"  # whose architecture, see FAMILIES: own, vit, deit, dinov2, clip
     decoder_family: str = "own"  # own, gpt2, falcon
     n_embd_encoder: int = 0     # of the encoder, where it differs from the decoder's; 0: the same
@@ -68,8 +69,9 @@ class ModelOptions:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.local and self.encoder_family != "own":
             raise ValueError(f"local is for an encoder of our own, not for {self.encoder_family}: give --local=False")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+        for name in ("dropout", "word_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
@@ -502,21 +504,24 @@ class Captioner(nn.Module):
         """x (..., C), position int64 (...) -> x with its places' embeddings; rotary models have none"""
         return x + self.wpe(position) if hasattr(self, "wpe") else x
 
-    def hidden(self, memory, tokens, position, slot, segment):
+    def hidden(self, memory, captions):
         """Encoded pictures and packed captions (see pack) -> (n, C), from which the head tells each next token."""
-        P = self.options.n_prefix
-        x = self.add_positions(self.wte(tokens), position + P)  # (n, C)
+        P, position = self.options.n_prefix, captions["position"]
+        x = self.wte(captions["tokens"])  # (n, C)
+        if self.training and self.options.word_dropout:
+            x = x * (torch.rand(len(x), 1, device=x.device) >= self.options.word_dropout)
+        x = self.add_positions(x, position + P)
         if P:
             x = torch.cat([self.add_positions(self.prefix(memory), torch.arange(P, device=x.device)).flatten(0, 1), x])  # (B·P + n, C)
         x = self.dropout(x)
-        packing = Packing(slot, segment, position, P)
+        packing = Packing(captions["slot"], captions["segment"], position, P)
         for block in self.blocks:
             keys_values = block.cross.keys_values(memory) if block.has_cross else None
             if self.recompute and self.training:
                 x = checkpoint(block, x, keys_values, packing, use_reentrant=False)
             else:
                 x = block(x, keys_values, packing)
-        return self.norm(x[len(x) - len(tokens):])
+        return self.norm(x[len(x) - len(position):])
 
     def forward(self, images, captions, teacher=None, alpha=0.0, smoothing=0.0):
         """
@@ -526,24 +531,22 @@ class Captioner(nn.Module):
         cross-entropy of each token given the mean of its picture's vectors alone (arXiv 1511.02251), which teaches the encoder directly.
         """
         targets, factor = captions["targets"], captions.get("factor")
-        inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
         soft, memory = (None, None), self.encode(images)
         if teacher is not None and alpha:
             with torch.no_grad():
-                soft = teacher.hidden(teacher.encode(images), **inputs), teacher.wte.weight
+                soft = teacher.hidden(teacher.encode(images), captions), teacher.wte.weight
         weight = self.wte.weight if torch.is_grad_enabled() else self.wte.weight.detach()  # which tells HeadLoss that none is wanted
         second = 0.0
         if self.options.unigram and self.training:
             logp = F.linear(self.unigram(memory.mean(1)), self.wte.weight).float().log_softmax(-1)  # (B, V)
-            second = -logp[inputs["slot"] // inputs["segment"].size(1), targets].sum() * self.options.unigram * (factor is None)
-        loss, ce = head_loss(self.hidden(memory, **inputs), weight, targets, factor, *soft, alpha, smoothing)
+            second = -logp[captions["slot"] // captions["segment"].size(1), targets].sum() * self.options.unigram * (factor is None)
+        loss, ce = head_loss(self.hidden(memory, captions), weight, targets, factor, *soft, alpha, smoothing)
         return loss + second, ce
 
     @torch.no_grad()
     def cross_entropy(self, memory, captions):
         """Encoded pictures and packed captions -> how unlikely these are: nats, summed over the n tokens."""
-        inputs = {key: captions[key] for key in ("tokens", "position", "slot", "segment")}
-        return head_loss(self.hidden(memory, **inputs), self.wte.weight.detach(), captions["targets"], None, None, None, 0.0, 0.0)[1]
+        return head_loss(self.hidden(memory, captions), self.wte.weight.detach(), captions["targets"], None, None, None, 0.0, 0.0)[1]
 
     # ---- generation; images may be encoded already
 

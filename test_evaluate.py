@@ -260,8 +260,9 @@ def test_loss_is_that_of_each_caption_alone(command, folder):
         for text in record["captions"]:
             words = captioner.tokenizer.encode_ordinary(text)
             eot, n = captioner.model.eot_token, len(words) + 1
-            hidden = captioner.model.hidden(captioner.model.encode(torch.tensor(image[None])), torch.tensor([eot, *words]), torch.arange(n),
-                                            torch.arange(n), torch.ones(1, n, dtype=torch.long))
+            places = torch.arange(n)
+            hidden = captioner.model.hidden(captioner.model.encode(torch.tensor(image[None])), dict(
+                tokens=torch.tensor([eot, *words]), position=places, slot=places, segment=torch.ones(1, n, dtype=torch.long)))
             logp = (hidden @ captioner.model.wte.weight.T).log_softmax(-1)
             nats -= logp[range(n), [*words, eot]].sum().item()
             tokens, characters = tokens + n, characters + len(text)

@@ -174,7 +174,7 @@ def told_to_stop(folder, rng):
         process.kill()
         if "Traceback" in output and "common.py" in output:  # elsewhere: Python was still reading the script
             return output[-300:]
-        out_dir = max(folder.glob("broken*"), key=lambda path: int(path.name[6:]))
+        out_dir = max(folder.glob("broken*"), key=lambda path: int(path.name[6:]), default=folder / "none")  # not yet made
         saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"] if (out_dir / "last.pt").exists() else 0
         if code == 0:  # it was through just then, or had been before
             return "" if saved == 25 else f"exit code 0 at step {saved}"

@@ -129,9 +129,8 @@ def test_packed_rows_equal_separate_rows(options):
     apart = sum(model(images[i:i + 1], pack([[words]], 49, model.longest))[1] for i in range(3) for words in captions[i])
     assert together.item() == pytest.approx(apart.item(), rel=1e-5)
     # and token by token
-    hidden = model.hidden(model.encode(images), **{k: v for k, v in pack(captions, 49, 99).items() if k != "targets"})
-    alone = [model.hidden(model.encode(images[i:i + 1]), **{k: v for k, v in pack([[words]], 49, 99).items() if k != "targets"})
-             for i in range(3) for words in captions[i]]
+    hidden = model.hidden(model.encode(images), pack(captions, 49, 99))
+    alone = [model.hidden(model.encode(images[i:i + 1]), pack([[words]], 49, 99)) for i in range(3) for words in captions[i]]
     torch.testing.assert_close(hidden, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
@@ -148,8 +147,7 @@ def test_pack_cuts_counts_and_restarts():
 @pytest.mark.parametrize("options", BRIDGES)
 def test_the_picture_moves_the_logits(options):
     model, captions = tiny(**options), pack(random_captions(2), 49, 20)
-    inputs = {k: v for k, v in captions.items() if k != "targets"}
-    a, b = (model.hidden(model.encode(pictures(2, seed=s)), **inputs) for s in (1, 2))
+    a, b = (model.hidden(model.encode(pictures(2, seed=s)), captions) for s in (1, 2))
     assert (a - b).abs().amax(1).min() > 1e-3  # every token's
 
 
@@ -212,8 +210,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 def next_logp(model, image, words):
     """log-probabilities (V,) of what follows words, by a whole uncached forward pass"""
     batch = pack([[words]], model.eot_token, 99)
-    batch.pop("targets")
-    return F.linear(model.hidden(model.encode(image[None]), **batch)[-1], model.wte.weight).log_softmax(-1)
+    return F.linear(model.hidden(model.encode(image[None]), batch)[-1], model.wte.weight).log_softmax(-1)
 
 
 def naive_beam(model, image, beam, length_penalty, max_tokens, min_tokens=1, ngram=0):
@@ -317,6 +314,15 @@ def test_teacher_is_a_copy_without_gradient_in_eval_mode():
         model.wte.weight.add_(1)
     train.update_teacher(teacher, model, 0.9)
     torch.testing.assert_close(teacher.wte.weight, before + 0.1)
+
+
+def test_hidden_words_are_not_read():
+    images, captions = pictures(3), pack(random_captions(3), 49, 20)
+    others = dict(captions, tokens=captions["tokens"].flip(0))
+    model = tiny(word_dropout=1 - 1e-9)
+    assert model(images, captions)[0] != model(images, others)[0]
+    model.train()
+    assert model(images, captions)[0] == model(images, others)[0]
 
 
 def test_muon_orthogonalises():
@@ -539,6 +545,12 @@ def test_fine_tuning_and_what_init_from_refuses(data, tmp_path):
     out = tmp_path / "out"
     start(data, out)
     one_line_error(start(data, out, check=False), 2, "last.pt exists", "--force")
+    again = start(data, out, "--init_from=resume", "--learning_rate=0.5")  # it is through: nothing is done
+    assert "other options than before: learning_rate 0.5 (was " in again.stdout.decode()
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/best.pt").write_bytes(found := (out / "best.pt").read_bytes())
+    one_line_error(start(data, tmp_path / "weights", check=False), 2, "best.pt exists", "--force")
+    assert (tmp_path / "weights/best.pt").read_bytes() == found
     one_line_error(start(data, out, "--init_from=resume", "--n_embd=64", check=False), 2, "n_embd is 64 here but 32")
     one_line_error(start(data, tmp_path / "x", "--init_from=nowhere", check=False), 2, "no checkpoint at nowhere")
     start(data, tmp_path / "tuned", f"--init_from={out}", "--learning_rate=0", options=dict(n_embd=64))  # the checkpoint's 32 holds

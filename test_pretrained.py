@@ -91,7 +91,7 @@ def check_decoder(theirs, folder):
     captions = [[[5, 7, 9, 250], [3, 1]], [[8, 8, 2]]]
     batch = pack(captions, model.eot_token, model.longest)
     with torch.no_grad():
-        logits = model.hidden(model.encode(images), **{k: v for k, v in batch.items() if k != "targets"}) @ model.wte.weight.T
+        logits = model.hidden(model.encode(images), batch) @ model.wte.weight.T
         expected = [theirs(torch.tensor([[299, *words]])).logits[0] for row in captions for words in row]
     torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-4)
     state = model.start(images, 1)  # and with the cache
@@ -102,7 +102,7 @@ def check_decoder(theirs, folder):
     small = captioner(decoder=str(folder), ids=ids, vocab_size=len(ids))
     batch = pack([[[1, 2, 30]]], small.eot_token, small.longest)
     with torch.no_grad():
-        logits = small.hidden(small.encode(images[:1]), **{k: v for k, v in batch.items() if k != "targets"}) @ small.wte.weight.T
+        logits = small.hidden(small.encode(images[:1]), batch) @ small.wte.weight.T
         expected = theirs(torch.tensor([[299, 3, 6, 90]])).logits[0][:, ids]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 

@@ -16,7 +16,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -349,8 +349,10 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
     """
     last = Path(options.out_dir, "last.pt")
     resume = options.init_from == "resume"
-    if not resume and last.exists() and not options.force:
-        raise UserError(f"{last} exists: --init_from=resume goes on from it, --force starts over, --out_dir names another place")
+    there = [path for path in (last, last.with_name("best.pt")) if path.exists()]
+    if there and not resume and not options.force:
+        raise UserError(f"{there[0]} exists: " + "--init_from=resume goes on from it, " * (there[0] == last)
+                        + "--force starts over, --out_dir names another place")
     if options.init_from == "scratch" or resume and not last.exists():
         return None, False
     checkpoint = read_checkpoint(last if resume else options.init_from)
@@ -362,18 +364,23 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
     if resume and checkpoint["fingerprint"] != fingerprint:
         raise UserError(f"{last} was trained on other data than {options.data_dir} holds now: give its own --data_dir, or "
                         f"--init_from={last} with another --out_dir to fine-tune")
-    for name in sorted(MODEL - {"dropout"}):
+    for name in sorted(MODEL - {"dropout", "word_dropout"}):
         if (found := checkpoint["options"].get(name, getattr(Options, name))) != getattr(options, name):
             if name in explicit and (resume or explicit[name] == "command line"):
                 raise UserError(f"{name} is {getattr(options, name)} here but {found} in the checkpoint to start from")
             setattr(options, name, found)
+    if resume:
+        changed = [f"{name} {getattr(options, name)} (was {value})" for name, value in checkpoint["options"].items()
+                   if name not in ("init_from", "force", "out_dir") and getattr(options, name, value) != value]
+        if changed and not int(os.environ.get("RANK", 0)):
+            print("other options than before: " + ", ".join(changed))
     return checkpoint, resume
 
 
 def cut_log(path, it):
     """Drops what the log says of steps after `it`, or half of: they will be done again."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["iter"] <= it]
+    kept = [line for line in lines if (found := re.match(rb'{"iter": (\d+), .*}\n$', line)) and int(found[1]) <= it]
     if kept != lines:
         with atomic_write(path) as f:
             f.write(b"".join(kept))
@@ -385,11 +392,14 @@ def main():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if options.batch_size % (world * options.grad_accum):
         raise UserError(f"batch_size {options.batch_size} can't be shared by {world} ranks × {options.grad_accum} micro-steps")
+    if world > 1 and (cards := torch.cuda.device_count()) and options.device in ("auto", "cuda"):
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > cards:
+            raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} ranks want a GPU each, but this machine has {cards}: give --nproc_per_node={cards}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = pick_device(options.device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     bf16 = options.dtype == "bfloat16" or options.dtype == "auto" and device.type == "cuda"
@@ -431,7 +441,7 @@ def main():
     model.to(device)
     teacher = make_teacher(model)
     optimizers = make_optimizers(model, options)
-    it, seen, seconds, best, running = 0, 0, 0.0, -1.0, [0.0] * 5
+    it, seen, seconds, best, running = 0, 0, 0.0, (-1.0, 0.0), [0.0] * 5
     if resumed:
         restore(teacher, checkpoint["teacher"], frozen_names(model))
         if len(optimizers) != len(checkpoint["optimizer"]):
@@ -490,13 +500,16 @@ def main():
         if signals:
             interrupt(number, frame)  # asked twice: leave at once
         signals.append(number)
+        with suppress(OSError):
+            os.write(2, b"stopping after this step or evaluation; asked again: at once, without saving\n" * (rank == 0))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     if world > 1:
         dist.barrier()  # nobody writes before all have read
-    if rank == 0 and not resumed:
-        (out_dir / "best.pt").unlink(missing_ok=True)  # of the run that --force replaces
+    if rank == 0 and options.force and not resumed:
+        for path in (out_dir / "last.pt", out_dir / "best.pt"):  # of the run that is replaced
+            path.unlink(missing_ok=True)
 
     def progress():  # of the schedule, 0 to 1
         by_iters = it / options.max_iters if options.max_iters else 0
@@ -581,8 +594,9 @@ def main():
             for name, candidate in (("student", model), ("teacher", teacher)):
                 with autocast:
                     results[name], texts = validate(candidate, options, tokenizer, references, cider_refs, rank, world)
-                if results[name]["cider"] > best:
-                    best = results[name]["cider"]
+                score = results[name]["cider"], -results[name]["loss"]  # with few pictures CIDEr may be 0 for all
+                if score > best:
+                    best = score
                     if rank == 0:
                         with atomic_write(out_dir / "best.pt") as f:
                             weights = {k: t.half() for k, t in kept(candidate).items()}  # half the size; a run goes on from last.pt
@@ -595,7 +609,7 @@ def main():
     if world > 1:
         dist.barrier()  # rank 0 is still writing: nobody leaves before it is done
         dist.destroy_process_group()
-    if signals:
+    if signals and done < 1:
         print(f"stopped at step {it}: --init_from=resume goes on", file=sys.stderr)
         sys.exit(128 + signals[0])
 

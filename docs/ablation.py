@@ -1,10 +1,10 @@
 """
 What each part of config/nano.py is worth: the table in ablation.md. Every run has the same minutes on the same machine; a run
-that is there already (out/ablation) is not done again, unless the config has changed.
+that is there already (out/ablation) is not done again, unless the config has changed: delete the folder when the code has.
 
     python docs/ablation.py --minutes 12 --seeds 0 1
 
-Wants data/flickr8k, data/flickr8k-4096 (the same, prepared with --vocab_size 4096) and transformers (for docs/pretrain_gpt2.py).
+Wants data/flickr8k and transformers (for docs/pretrain_gpt2.py).
 """
 import argparse
 import json
@@ -21,9 +21,9 @@ VARIANTS = {  # what changes: train.py's options
     "no depthwise convolutions": ["--local=False"],
     "no unigram loss": ["--unigram=0"],
     "patches by one linear layer": ["--stem=patch"],
-    "no crops, no mirror images": ["--crop=1", "--flip=False"],
+    "no crops, no mirror images, no changes of light": ["--crop=1", "--flip=False", "--jitter=0"],
+    "no hidden words": ["--word_dropout=0"],
     "the teacher in the loss (alpha 0.4)": ["--alpha=0.4"],
-    "a vocabulary of 4,096": ["--data_dir=data/flickr8k-4096"],
     "a decoder pretrained on the captions": ["--decoder=out/gpt2_captions"],
 }
 PRETRAINING = 2  # minutes of its time that the last variant spends on language alone
@@ -49,7 +49,8 @@ def main():
             if not result.exists():
                 call("train.py", "config/nano.py", f"--max_minutes={minutes}", f"--seed={seed}", f"--out_dir={out}", "--force",
                      "--eval_interval=100000", "--eval_images=1000", *options)
-                found = call("evaluate.py", "--out_dir", out, "--json", *[option for option in options if "data_dir" in option]).stdout
+                found = call("evaluate.py", "--out_dir", out, "--data_dir", "data/flickr8k", "--json").stdout
+                (HERE.parent / out / "last.pt").unlink()  # large
                 steps = json.loads((HERE.parent / out / "log.jsonl").read_text().splitlines()[-1])["iter"]
                 result.write_text(json.dumps(dict(json.loads(found), steps=steps)))
             rows[name].append(json.loads(result.read_text()))
