@@ -621,6 +621,15 @@ def trained(data, tmp_path_factory):
     return out
 
 
+def test_the_captioner_that_comes_along_says_what_readme_says():
+    tables = re.findall(r"\| (<img .*) \|\n\|[-|]+\n\| (.*) \|", (HERE / "README.md").read_text())
+    told = {name: text for names, texts in tables
+            for name, text in zip(re.findall(r'src="docs/photos/(.*?)"', names), texts.split(" | "), strict=True)}
+    lines = run("sample.py", "--image", HERE / "docs/photos").stdout.decode().splitlines()
+    found = dict(line.split(": ", 1) for line in lines)
+    assert len(told) == 8 and {Path(name).name: text for name, text in found.items()} == told
+
+
 def test_sample_captions_pictures_and_names_bad_ones(trained, data, tmp_path):
     folder = tmp_path / "photos"
     (folder / "deep").mkdir(parents=True)
