@@ -178,8 +178,9 @@ def told_to_stop(folder, rng):
         saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"] if (out_dir / "last.pt").exists() else 0
         if code == 0:  # it was through just then, or had been before
             return "" if saved == 25 else f"exit code 0 at step {saved}"
-        if "\nstep " not in output:  # before it listened: Python's own answers; 1 without a word: before it had begun at all
-            return "" if code in (128 + number, -number, 1 if not output else -number) else f"exit code {code}: {output}"
+        if "\nstep " not in output:  # before it listened: Python's own answers
+            unread = not output or "_get_code_from_file" in output  # no line of the script had run
+            return "" if code in (128 + number, -number) or code == 1 and unread else f"exit code {code}: {output}"
         if code == 130 and times == 2:  # left at once
             return ""
         stopped = re.search(r"stopped at step (\d+)", output)
