@@ -713,6 +713,8 @@ def prepare(args):
     for split, n in meta["splits"].items():
         print(f"{split}: {n['images']:,} pictures, {n['captions']:,} captions, {n['tokens']:,} tokens, "
               f"at most {n['longest']} a caption")
+    if "val" not in meta["splits"]:
+        print("no split val, which training needs: give --split_files TRAIN VAL")
     lost = Counter(kind for kind, _ in skipped)
     unused = sum(1 for path in entries if EXTENSION.search(path) and path not in texts)
     print(f"{args.out_dir}: vocabulary {meta['vocab_size']:,}, {time.monotonic() - began:.0f} seconds; skipped "

@@ -240,6 +240,8 @@ def main():
         parser.error("--beam searches and --num_samples samples: give one of them")
     check_ranges(args, beam=(1, 1e4), num_samples=(1, 1e5), top_k=(0, 1e9), no_repeat_ngram=(0, 1e9), min_tokens=(0, 1e9), max_tokens=(1, 1e9),
                  batch_size=(1, 1e6), limit=(1, 1e12), length_penalty=(0, 100), seed=(0, 2**63 - 1), temperature=(1e-3, 1e3), top_p=(1e-6, 1))
+    if args.num_samples == 1 and (args.temperature, args.top_k, args.top_p) != (1, 0, 1):
+        parser.error("--temperature, --top_k and --top_p are for --num_samples above 1")
     if args.max_tokens and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} is more than --max_tokens {args.max_tokens}")
     if args.sheet and Path(args.sheet).suffix.lower() not in PICTURES:

@@ -179,7 +179,7 @@ def told_to_stop(folder, rng):
         if code == 0:  # it was through just then, or had been before
             return "" if saved == 25 else f"exit code 0 at step {saved}"
         if "\nstep " not in output:  # before it listened: Python's own answers
-            unread = not output or "_get_code_from_file" in output  # no line of the script had run
+            unread = f"{HERE / 'train.py'}" not in output  # no line of the script had run
             return "" if code in (128 + number, -number) or code == 1 and unread else f"exit code {code}: {output}"
         if code == 130 and times == 2:  # left at once
             return ""

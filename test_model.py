@@ -550,6 +550,7 @@ def test_fine_tuning_and_what_init_from_refuses(data, tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/best.pt").write_bytes(found := (out / "best.pt").read_bytes())
     one_line_error(start(data, tmp_path / "weights", check=False), 2, "best.pt exists", "--force")
+    one_line_error(start(data, tmp_path / "weights", "--init_from=resume", check=False), 2, "nothing to resume from", "fine-tunes")
     assert (tmp_path / "weights/best.pt").read_bytes() == found
     one_line_error(start(data, out, "--init_from=resume", "--n_embd=64", check=False), 2, "n_embd is 64 here but 32")
     one_line_error(start(data, tmp_path / "x", "--init_from=nowhere", check=False), 2, "no checkpoint at nowhere")

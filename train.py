@@ -353,7 +353,12 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
     if there and not resume and not options.force:
         raise UserError(f"{there[0]} exists: " + "--init_from=resume goes on from it, " * (there[0] == last)
                         + "--force starts over, --out_dir names another place")
+    if resume and there and not last.exists() and not Path(out_dir := options.out_dir, "log.jsonl").exists():
+        raise UserError(f"{out_dir} holds best.pt, but nothing to resume from: --init_from={out_dir} with another --out_dir fine-tunes it")
+    first = not int(os.environ.get("RANK", 0))
     if options.init_from == "scratch" or resume and not last.exists():
+        if options.samples and first:
+            print("self-critical training of random weights: --init_from=PATH names a trained captioner", file=sys.stderr)
         return None, False
     checkpoint = read_checkpoint(last if resume else options.init_from)
     if resume and "optimizer" not in checkpoint:
@@ -372,7 +377,7 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
     if resume:
         changed = [f"{name} {getattr(options, name)} (was {value})" for name, value in checkpoint["options"].items()
                    if name not in ("init_from", "force", "out_dir") and getattr(options, name, value) != value]
-        if changed and not int(os.environ.get("RANK", 0)):
+        if changed and first:
             print("other options than before: " + ", ".join(changed))
     return checkpoint, resume
 
@@ -471,6 +476,7 @@ def main():
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = lock or exclusive(out_dir)
         cut_log(log_path, it)
+        log_path.touch()
         n_params = sum(p.numel() for p in model.parameters())
         print(f"{n_params / 1e6:.2f} M parameters ({sum(p.numel() for p in model.encoder.parameters()) / 1e6:.2f} M in the encoder), "
               f"{device.type}{f' × {world}' if world > 1 else ''}, {'bfloat16' if bf16 else 'float32'}, a step: "
