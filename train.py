@@ -353,9 +353,9 @@ def starting_point(options, explicit, tokenizer_text, fingerprint):
     if there and not resume and not options.force:
         raise UserError(f"{there[0]} exists: " + "--init_from=resume goes on from it, " * (there[0] == last)
                         + "--force starts over, --out_dir names another place")
-    if resume and there and not last.exists() and not Path(out_dir := options.out_dir, "log.jsonl").exists():
-        raise UserError(f"{out_dir} holds best.pt, but nothing to resume from: --init_from={out_dir} with another --out_dir fine-tunes it")
-    first = not int(os.environ.get("RANK", 0))
+    if resume and there and not last.exists() and not last.with_name("log.jsonl").exists():  # no run of ours began there
+        raise UserError(f"{there[0]} is nothing to resume from: --init_from={there[0]} with another --out_dir fine-tunes it")
+    first = int(os.environ.get("RANK", 0)) == 0  # of all ranks: the one that prints
     if options.init_from == "scratch" or resume and not last.exists():
         if options.samples and first:
             print("self-critical training of random weights: --init_from=PATH names a trained captioner", file=sys.stderr)
