@@ -42,6 +42,7 @@ HERE = Path(__file__).resolve().parent
 # Of 1,000 captions of Flickr8k, how many have 0, 1, 2 … words (full stop counted).
 WORDS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31, 23, 17, 12, 8, 4, 4, 2, 1, 1)
 VOCAB, GPT2_VOCAB, CAPTION = 8192, 50257, 12  # the last: tokens of each caption that is generated
+PEERS = {"peer, the same vocabulary": VOCAB, "peer, GPT-2's vocabulary": GPT2_VOCAB}  # the second as its users have it
 ROUNDS = 5
 
 
@@ -263,7 +264,7 @@ def bench_train(options, device, peer):
     n_captions = int((captions["position"] == 0).sum())
     functions = {"matmul": lambda: [a @ a for _ in range(8)], **steps}
     if peer:
-        for name, vocab in (("peer, the same vocabulary", VOCAB), ("peer, GPT-2's vocabulary", GPT2_VOCAB)):
+        for name, vocab in PEERS.items():
             _, peer_step = make_peer(options, vocab, device)
             functions[name] = lambda f=peer_step: f(captions)
     seconds = in_turn(functions, device)
@@ -274,7 +275,7 @@ def bench_train(options, device, peer):
         changed = train.Options(**{**vars(options), **changes})
         results[name]["share_of_matmul"] = step_flops(changed, captions) * (4 if changed.alpha else 3) / seconds[name] / rate
         if peer:
-            for other in ("peer, the same vocabulary", "peer, GPT-2's vocabulary"):
+            for other in PEERS:
                 results[name][f"times {other}"] = seconds[other] / seconds[name]
     return dict(rates=results, matmul_gflops=rate / 1e9, useful_gflop_forward=step_flops(options, captions) / 1e9, memory_mb=memory,
                 parts={part: statistics.median(p[part] for p in parts) for part in parts[0]})
@@ -295,21 +296,20 @@ def bench_decode(options, device, peer, folder):
                       f"beam 3, batch {batch}": lambda x=x: model.beam_search(x, 3, **lengths),
                       f"8 samples, batch {batch}": lambda x=x: model.sample(x, 8, **lengths)}
     if peer:
-        other, _ = make_peer(options, VOCAB, device)
-        other.eval()
         pixels = torch.randn(64, 3, options.image_size, options.image_size, device=device)
 
-        def generate(batch, beams):
+        def generate(other, batch, beams):
             with torch.no_grad():
                 other.generate(pixels[:batch], num_beams=beams, do_sample=False, min_new_tokens=CAPTION, max_new_tokens=CAPTION)
 
-        functions |= {f"peer {name}": lambda b=b, k=k: generate(b, k) for name, b, k in
-                      (("greedy, batch 1", 1, 1), ("beam 3, batch 1", 1, 3), ("greedy, batch 64", 64, 1), ("beam 3, batch 64", 64, 3))}
+        for which, vocab in PEERS.items():
+            other = make_peer(options, vocab, device)[0].eval()
+            functions |= {f"{which}: {name}": lambda other=other, b=b, k=k: generate(other, b, k) for name, b, k in
+                          (("greedy, batch 1", 1, 1), ("beam 3, batch 1", 1, 3), ("greedy, batch 64", 64, 1), ("beam 3, batch 64", 64, 3))}
     seconds = in_turn(functions, device)
     rates = {name: dict(images_per_s=int(name.split()[-1]) / s) for name, s in seconds.items()}
     for name, s in seconds.items():
-        if f"peer {name}" in seconds:
-            rates[name]["times the peer"] = seconds[f"peer {name}"] / s
+        rates[name] |= {f"times {which}": seconds[f"{which}: {name}"] / s for which in PEERS if f"{which}: {name}" in seconds}
 
     # one photo from the command line
     draw_picture(np.random.default_rng(0), 500, 375).save(folder / "photo.jpg")

@@ -230,6 +230,17 @@ class MLP(nn.Module):
         return self.proj(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout (arXiv 1207.0580), faster on CPUs: they draw random numbers one by one, and each of 64 bits serves four elements."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not self.training or not self.p:
+            return super().forward(x)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.long).random_(-2**63, None).view(torch.int16)  # -2^15 to 2^15 - 1
+        keep = bits[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * (keep * x.new_tensor(1 / (1 - self.p)))
+
+
 class Block(nn.Module):
     """
     A pre-norm transformer block, with cross-attention to vectors of size n_memory between self-attention and MLP where
@@ -246,7 +257,7 @@ class Block(nn.Module):
         if family.layer_scale:
             self.scale1, self.scale2 = nn.Parameter(torch.ones(n_embd)), nn.Parameter(torch.ones(n_embd))
         self.has_cross, self.parallel, self.layer_scale = n_memory > 0, family.parallel, family.layer_scale
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x, keys_values=None, packing=None, cache=None, past=0):
         """x, packing, cache, past: as in SelfAttention; keys_values: of the picture, from CrossAttention"""
@@ -342,7 +353,7 @@ class Encoder(nn.Module):
         else:
             self.register_buffer("positions", sincos_2d(options.image_size // options.patch_size, C), persistent=False)
         self.norm_first = nn.LayerNorm(C, family.eps) if family.norm_first else nn.Identity()
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
         self.neighbours = nn.ModuleList(Neighbours(C) if options.local else nn.Identity() for _ in range(options.n_layer_encoder))
         self.blocks = nn.ModuleList(Block(C, n_head, family, options.dropout) for _ in range(options.n_layer_encoder))
         self.norm = nn.LayerNorm(C, family.eps) if family.norm_last else nn.Identity()
@@ -469,7 +480,7 @@ class Captioner(nn.Module):
             self.prefix = nn.Linear(options.encoder_size[0], options.n_embd)
         if options.unigram:
             self.unigram = nn.Linear(options.encoder_size[0], options.n_embd)
-        self.dropout = nn.Dropout(options.dropout)
+        self.dropout = Dropout(options.dropout)
         cross = [options.bridge != "prefix" and (options.n_layer_decoder - 1 - i) % options.cross_every == 0
                  for i in range(options.n_layer_decoder)]
         self.blocks = nn.ModuleList(Block(options.n_embd, options.n_head, family, options.dropout, options.encoder_size[0] if c else 0)

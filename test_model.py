@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import train
 from conftest import HERE, ended, launch, tiny_dataset
 from evaluate import cider, cider_references, document_frequencies
-from model import Captioner, ModelOptions, Neighbours, PatchStem, head_loss, pack, patchify
+from model import Captioner, Dropout, ModelOptions, Neighbours, PatchStem, head_loss, pack, patchify
 from muon import orthogonalise
 from sample import caption, load
 
@@ -323,6 +323,26 @@ def test_hidden_words_are_not_read():
     assert model(images, captions)[0] != model(images, others)[0]
     model.train()
     assert model(images, captions)[0] == model(images, others)[0]
+
+
+@pytest.mark.parametrize("p", (0.1, 0.2, 0.5))
+def test_dropout_drops_each_element_for_itself(p):
+    """What torch's own promises: each with probability p, independently, the rest scaled so that the mean stays; gradients likewise."""
+    torch.manual_seed(0)
+    dropout, x = Dropout(p).train(), torch.ones(999, 1001, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    dropped = (y == 0).float()
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()} and torch.equal(x.grad, y.detach())
+    deviation = math.sqrt(p * (1 - p) / x.numel())
+    assert abs(dropped.mean() - p) < 5 * deviation
+    flat = dropped.flatten()
+    assert all(abs(flat[i::4].mean() - p) < 10 * deviation for i in range(4))  # the four that share a draw
+    for apart in (1, 2, 3, 4, 1001):  # both dropped
+        assert abs((flat[apart:] * flat[:-apart]).mean() - p * p) < 5 * p * math.sqrt((1 - p * p) / x.numel()) * 1.5
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
 
 
 def test_muon_orthogonalises():

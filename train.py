@@ -538,7 +538,7 @@ def main():
             group["lr"] = group["peak"] * scale
         alpha = options.alpha * min(1, seen / N)
 
-        total = torch.zeros(1, device=device)
+        ce = torch.zeros((), device=device)  # or, in self-critical training, minus the rewards: what is logged
         share = options.batch_size // (world * options.grad_accum)
         for micro in range(options.grad_accum):
             mine = slice((micro * world + rank) * share, (micro * world + rank + 1) * share)
@@ -559,9 +559,9 @@ def main():
             last_micro = micro == options.grad_accum - 1
             with nullcontext() if world == 1 or last_micro else trained.no_sync():
                 with autocast:
-                    loss, ce = trained(images, captions, teacher=teacher, alpha=alpha, smoothing=options.smoothing)
+                    loss, plain = trained(images, captions, teacher=teacher, alpha=alpha, smoothing=options.smoothing)
                 (loss * (world / tokens)).backward()  # DDP takes the ranks' mean
-            total += -rewards.sum() if options.samples else ce  # what is logged
+            ce += -rewards.sum() if options.samples else plain
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.grad_clip or math.inf)
         finite = bool(norm.isfinite())  # the same on all ranks, for the gradients are
         it, seen, skipped = it + 1, seen + options.batch_size, 0 if finite else skipped + 1
@@ -578,22 +578,22 @@ def main():
             log(f"step {it}: the gradient is NaN or infinite: this step is skipped", skipped=skipped)
 
         # what all ranks must agree on: the loss, rank 0's clock, whether anyone was asked to stop
-        agreed = torch.tensor([total.item() if finite else 0, (time.perf_counter() - began) * (rank == 0), len(signals)], dtype=torch.float64)
+        agreed = torch.tensor([ce.item() if finite else 0, (time.perf_counter() - began) * (rank == 0), len(signals)], dtype=torch.float64)
         if world > 1:
             dist.all_reduce(agreed)
-        ce, elapsed, stop = agreed.tolist()
+        total_ce, elapsed, stop = agreed.tolist()
         seconds += elapsed
         done = progress()
-        running = [a + b for a, b in zip(running, (ce, float(tokens) * finite, len(pictures), int(captions_of[pictures].sum()), elapsed))]
+        running = [a + b for a, b in zip(running, (total_ce, float(tokens) * finite, len(pictures), int(captions_of[pictures].sum()), elapsed))]
         if it % options.log_interval == 0:
-            ce, tokens, n_images, n_captions, elapsed = running
+            sum_ce, n_tokens, n_images, n_captions, spent = running
             running = [0.0] * 5
-            loss = ce / tokens if tokens else None
-            record = dict(epoch=seen / N, seconds=seconds, loss=loss, lr=optimizers[0].param_groups[0]["lr"],
-                          grad_norm=norm.item() if finite else None, images_per_s=n_images / elapsed, captions_per_s=n_captions / elapsed)
+            mean_ce = sum_ce / n_tokens if n_tokens else None
+            record = dict(epoch=seen / N, seconds=seconds, loss=mean_ce, lr=optimizers[0].param_groups[0]["lr"],
+                          grad_norm=norm.item() if finite else None, images_per_s=n_images / spent, captions_per_s=n_captions / spent)
             left = seconds * (1 - done) / done
-            log(f"step {it} | epoch {seen / N:.2f} | loss {math.nan if loss is None else loss:.4f} | lr {record['lr']:.2e} | {n_images / elapsed:.1f} "
-                f"pictures/s | {int(left // 60)}:{int(left % 60):02d} left", **record)
+            log(f"step {it} | epoch {seen / N:.2f} | loss {math.nan if mean_ce is None else mean_ce:.4f} | lr {record['lr']:.2e} | "
+                f"{record['images_per_s']:.1f} pictures/s | {int(left // 60)}:{int(left % 60):02d} left", **record)
         if it % options.eval_interval == 0 or done >= 1:
             model.eval()
             results = {}
