@@ -13,6 +13,7 @@ twice forward. The share is of the rate of a 1,536 × 1,536 (CUDA: 8,192 × 8,19
 """
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -43,6 +44,8 @@ HERE = Path(__file__).resolve().parent
 WORDS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31, 23, 17, 12, 8, 4, 4, 2, 1, 1)
 VOCAB, GPT2_VOCAB, CAPTION = 8192, 50257, 12  # the last: tokens of each caption that is generated
 PEERS = {"peer, the same vocabulary": VOCAB, "peer, GPT-2's vocabulary": GPT2_VOCAB}  # the second as its users have it
+# The peer's architecture and recipe, for comparing like with like: no convolutions, augmentation, second loss, Muon, teacher.
+BARE = dict(stem="patch", local=False, optimizer="adamw", alpha=0.0, crop=1.0, flip=False, jitter=0.0, unigram=0.0)
 ROUNDS = 5
 
 
@@ -246,8 +249,7 @@ def make_peer(options, vocab_size, device):
 def bench_train(options, device, peer):
     """Rates of a training step as config says, with the peer's recipe, with the teacher; the time by part; memory."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    plain = dict(optimizer="adamw", alpha=0.0, crop=1.0, flip=False, jitter=0.0, local=False, unigram=0.0)
-    variants = {"as the config says": {}, "bare: AdamW, no augmentation, no convolutions, no second loss, no teacher": plain, "bare, with the teacher": {**plain, "alpha": 0.4}}
+    variants = {"as the config says": {}, "bare: as the peer is": BARE, "bare, with the teacher": {**BARE, "alpha": 0.4}}
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device, dtype=dtype)
     with PeakMemory(os.getpid()) as peak:
@@ -286,15 +288,16 @@ def bench_train(options, device, peer):
 def bench_decode(options, device, peer, folder):
     """Pictures/s of generation, captions of CAPTION tokens; and from the start of sample.py to its caption."""
     torch.manual_seed(0)
-    model = Captioner(options, VOCAB).to(device).eval()
+    models = {name: Captioner(train.Options(**{**vars(options), **changes}), VOCAB).to(device).eval()
+              for name, changes in (("", {}), ("bare: ", BARE))}
     lengths = dict(min_tokens=CAPTION, max_tokens=CAPTION)
     images = torch.randint(0, 256, (64, options.image_size, options.image_size, 3), dtype=torch.uint8, device=device)
     functions = {}
-    for batch in (1, 64):
+    for (name, model), batch in itertools.product(models.items(), (1, 64)):
         x = images[:batch]
-        functions |= {f"greedy, batch {batch}": lambda x=x: model.beam_search(x, 1, **lengths),
-                      f"beam 3, batch {batch}": lambda x=x: model.beam_search(x, 3, **lengths),
-                      f"8 samples, batch {batch}": lambda x=x: model.sample(x, 8, **lengths)}
+        functions |= {f"{name}greedy, batch {batch}": lambda model=model, x=x: model.beam_search(x, 1, **lengths),
+                      f"{name}beam 3, batch {batch}": lambda model=model, x=x: model.beam_search(x, 3, **lengths),
+                      f"{name}8 samples, batch {batch}": lambda model=model, x=x: model.sample(x, 8, **lengths)}
     if peer:
         pixels = torch.randn(64, 3, options.image_size, options.image_size, device=device)
 
@@ -309,7 +312,7 @@ def bench_decode(options, device, peer, folder):
     seconds = in_turn(functions, device)
     rates = {name: dict(images_per_s=int(name.split()[-1]) / s) for name, s in seconds.items()}
     for name, s in seconds.items():
-        rates[name] |= {f"times {which}": seconds[f"{which}: {name}"] / s for which in PEERS if f"{which}: {name}" in seconds}
+        rates[name] |= {f"times {which}": peer_s / s for which in PEERS if (peer_s := seconds.get(f"{which}: {name.removeprefix('bare: ')}"))}
 
     # one photo from the command line
     draw_picture(np.random.default_rng(0), 500, 375).save(folder / "photo.jpg")

@@ -96,7 +96,7 @@ def list_images(source):
     """
     entries = {}
     def unreadable(error):
-        raise UserError(f"--images {source}: {error.filename} can't be read: {error.strerror}")
+        raise UserError(f"{source}: {error.filename} can't be read: {error.strerror}")
 
     if os.path.isdir(source):
         for folder, _, files in os.walk(source, onerror=unreadable):
@@ -104,7 +104,7 @@ def list_images(source):
                 path = os.path.join(folder, file)
                 entries[os.path.relpath(path, source).replace(os.sep, "/")] = path
     elif not os.path.exists(source):
-        raise UserError(f"--images {source}: no such file or folder")
+        raise UserError(f"{source}: no such file or folder")
     elif zipfile.is_zipfile(source):
         try:
             with zipfile.ZipFile(source) as archive:
@@ -112,9 +112,9 @@ def list_images(source):
                     if not info.is_dir():
                         entries.setdefault(info.filename, info)
         except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-            raise UserError(f"--images {source}: a damaged zip: {error}") from None
+            raise UserError(f"{source}: a damaged zip: {error}") from None
         if any(info.flag_bits & 1 for info in entries.values()):
-            raise UserError(f"--images {source}: the zip is encrypted: unpack it and give the folder")
+            raise UserError(f"{source}: the zip is encrypted: unpack it and give the folder")
     else:
         try:
             with tarfile.open(source) as archive:
@@ -124,7 +124,7 @@ def list_images(source):
                         entries.setdefault(member.name, (member.offset_data, member.size) if plain else None)
                     archive.members = []  # else tarfile keeps every header
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError) as error:
-            raise UserError(f"--images {source}: not a folder, a zip or a whole tar: {error}") from None
+            raise UserError(f"{source}: not a folder, a zip or a whole tar: {error}") from None
     entries = {path.removeprefix("./"): entry for path, entry in entries.items()}
     return {path: entry for path, entry in sorted(entries.items()) if not re.search(r"(^|/)(__MACOSX/|\._)", path)}
 
@@ -152,12 +152,15 @@ def read_entry(source, entry):
 
 
 def decode(task):
-    """In a worker: (source, entry, size) -> the picture, or the text of what is wrong with it."""
-    source, entry, size = task
+    """In a worker: (source, entry, size, file, row) -> the picture goes into its row of the file; the text of what is wrong, or None."""
+    source, entry, size, path, row = task
     try:
-        return load_image(read_entry(source, entry), size)
+        image = load_image(read_entry(source, entry), size)
     except UserError as error:
         return str(error)
+    with open(path, "r+b") as file:
+        file.seek(row * image.nbytes)
+        file.write(image)
 
 
 def begin_worker():
@@ -191,15 +194,9 @@ def decode_all(source, entries, pictures, out_dir, size, workers):
         files = {split: stack.enter_context(open(f"{out_dir}/{split}_images.bin", "w+b")) for split in pictures}
         pool = stack.enter_context(ProcessPoolExecutor(workers, initializer=begin_worker))
         while batch := list(itertools.islice(stream, 32 if None in entries.values() else 256)):  # what a compressed tar holds is in memory
-            jobs = [(source, entry, size) for _, entry in batch]
+            jobs = [(source, entry, size, files[place[path][0]].name, place[path][1]) for path, entry in batch]
             try:
-                for (path, _), image in zip(batch, pool.map(decode, jobs, chunksize=4)):
-                    if isinstance(image, str):
-                        errors[path] = image
-                    else:
-                        split, row = place[path]
-                        files[split].seek(row * row_bytes)
-                        files[split].write(image)
+                errors.update((path, error) for (path, _), error in zip(batch, pool.map(decode, jobs, chunksize=4)) if error)
             except BrokenProcessPool:
                 raise OSError("a worker process was killed (out of memory?): try --workers 1") from None
             done += len(batch)
@@ -401,7 +398,8 @@ def read_tokenizer(source):
         with open(f"{source}/tokenizer.tiktoken", "rb") as file:
             return text_to_ranks(file.read()), load_meta(source)["pattern"], load_ids(source)
     folder = source
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2[\w-]*", source) and not os.path.exists(source):  # a name on the hub
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2[\w-]*", source) and (
+            os.path.isdir(f"{common.WEIGHTS}/{source}") or not os.path.exists(source.split("/")[0])):  # a name on the hub
         folder = f"{common.WEIGHTS}/{source}"
         os.makedirs(folder, exist_ok=True)
         download(f"{common.HUB}/{source}/resolve/main/tokenizer.json", f"{folder}/tokenizer.json", os.environ.get("HF_TOKEN"))
@@ -659,8 +657,10 @@ def prepare(args):
     os.makedirs(args.out_dir, exist_ok=True)
     lock = exclusive(args.out_dir)  # noqa: F841: held until this function ends
     if args.url:
+        os.makedirs(os.path.dirname(args.images), exist_ok=True)
+        token = os.environ.get("HF_TOKEN") if args.url.startswith(f"{common.HUB}/") else None
         for path in (*args.captions, args.images):
-            download(f"{args.url.rstrip('/')}/{os.path.basename(path)}", path)
+            download(f"{args.url.rstrip('/')}/{os.path.basename(path)}", path, token)
     known = read_tokenizer(args.tokenizer)
 
     # captions, by the names that their files use
@@ -730,7 +730,7 @@ def main():
     """The command: see the top of this file."""
     parser = Parser(description="Pictures and captions into the binaries that train.py reads.")
     add = parser.add_argument
-    add("--images", help="folder, .zip or .tar(.gz) of pictures; without it Flickr30k is downloaded (4.4 GB)")
+    add("--images", help="folder, .zip or .tar(.gz) of pictures; without it Flickr30k is downloaded into data/flickr30k (4.4 GB)")
     add("--captions", nargs="+", metavar="FILE", help="caption files in any known format; train=FILE says its split")
     add("--split_files", nargs="+", metavar="LIST", help="lists of ids, TRAIN [VAL [TEST]]; else the captions' own "
         "splits, else 90/5/5 by a hash of the name")
@@ -741,7 +741,7 @@ def main():
         "folder with a language model's tokenizer.json")
     add("--keep_used", action="store_true", help="of a tokenizer that is taken over, keep only the tokens that train's captions use")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode pictures (default: all cores)")
-    add("--force", action="store_true", help="replace what is in out_dir")
+    add("--force", action="store_true", help="replace what is in out_dir: it is deleted before the new data are made")
     add("--allow_missing", action="store_true", help="go on where more than 1 %% of pictures or captions can't be used")
     add("--url", metavar="BASE", help=f"where to download Flickr30k from (default: {FLICKR30K_URL})")
     add("--delete_archive", action="store_true", help="delete the downloaded archive once all is prepared")
@@ -758,11 +758,10 @@ def main():
         if os.path.commonpath([within := os.path.realpath(args.images), os.path.realpath(args.out_dir)]) == within:
             raise UserError(f"--out_dir {args.out_dir} lies within --images {args.images}: give another")
     else:
-        args.url, args.out_dir = args.url or FLICKR30K_URL, args.out_dir or "data/flickr30k"
+        args.url, args.out_dir, place = args.url or FLICKR30K_URL, args.out_dir or "data/flickr30k", "data/flickr30k"
         if not re.match("https?://", args.url):
             raise UserError(f"--url {args.url}: expected http:// or https://")
-        args.images = f"{args.out_dir}/flickr30k-images.zip"
-        args.captions = [f"{args.out_dir}/flickr_annotations_30k.csv"]
+        args.images, args.captions = f"{place}/flickr30k-images.zip", [f"{place}/flickr_annotations_30k.csv"]
     prepare(args)
 
 

@@ -33,9 +33,9 @@ def fetch(source):
     """A folder, or a name on the hub, whose files are downloaded into data/weights/NAME once -> the folder's Path."""
     if os.path.isdir(source):
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith("."):
-        raise UserError(f"{source}: neither a folder nor a name on the hub, such as gpt2 or facebook/dinov2-small")
     folder = Path(common.WEIGHTS, source)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or not folder.is_dir() and os.path.exists(source.split("/")[0]):  # out/wrong
+        raise UserError(f"{source}: neither a folder nor a name on the hub, such as gpt2 or facebook/dinov2-small")
     folder.mkdir(parents=True, exist_ok=True)
 
     def get(name):

@@ -24,10 +24,9 @@ import torch
 from bpe import make_tokenizer, text_to_ranks
 from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, one_line, run
 from model import Captioner, ModelOptions
-from prepare_flickr import load_image, read_records, read_split
+from prepare_flickr import EXTENSION, list_images, load_image, read_records, read_split
 
 VERSION = 1  # of the checkpoint's layout
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # what is looked for in a folder
 
 
 def pick_device(name="auto"):
@@ -202,9 +201,9 @@ def find_pictures(paths, split, limit):
         elif re.match(r"\w+://", path) and not re.match("https?://", path):
             raise UserError(f"{path}: of addresses only http:// and https:// are fetched")
         elif os.path.isdir(path):
-            inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in PICTURES)
+            inside = [file for name, file in list_images(path).items() if EXTENSION.search(name)]
             if not inside:
-                raise UserError(f"no pictures in {path} (looked for {', '.join(sorted(PICTURES))}, at any depth)")
+                raise UserError(f"no pictures in {path} (looked for .jpg, .png and the like, at any depth)")
             found += [(name, name, []) for name in inside[:limit]]
         else:
             found.append((path, path, []))
@@ -244,7 +243,7 @@ def main():
         parser.error("--temperature, --top_k and --top_p are for --num_samples above 1")
     if args.max_tokens and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} is more than --max_tokens {args.max_tokens}")
-    if args.sheet and Path(args.sheet).suffix.lower() not in PICTURES:
+    if args.sheet and not EXTENSION.search(args.sheet):
         parser.error(f"--sheet {args.sheet}: name a picture file, such as sheet.png")
 
     pictures = find_pictures(args.image, args.split, args.limit)

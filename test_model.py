@@ -559,6 +559,12 @@ run(train.main)
         checkpoint = last(tmp_path / out)
         assert all(t.isfinite().all() for part in ("model", "teacher") for t in checkpoint[part].values())
     assert all(line.get("loss", 0) is None or line.get("loss", 0) >= 0 for line in read_log(tmp_path / "always"))
+    # fine-tuning that ends before its first evaluation has left what to go on from
+    run(worker, 99, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'tuned'}", f"--init_from={tmp_path / 'once'}",
+        "--eval_interval=50", check=False)
+    given = torch.load(tmp_path / "once/best.pt", weights_only=True)["model"]
+    assert last(tmp_path / "tuned")["iter"] == 0 and not (tmp_path / "tuned/best.pt").exists()
+    assert_same(last(tmp_path / "tuned")["model"], {name: t.float() for name, t in given.items()})
 
 
 def test_fine_tuning_and_what_init_from_refuses(data, tmp_path):

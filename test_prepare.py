@@ -688,6 +688,7 @@ def test_download_gives_up(mirror, tmp_path, monkeypatch):
 
 
 def test_flickr30k_from_a_mirror(mirror, source, capsys, monkeypatch):
+    monkeypatch.chdir(source)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as zip:
         for name in CAPTIONS:
@@ -698,11 +699,12 @@ def test_flickr30k_from_a_mirror(mirror, source, capsys, monkeypatch):
     assert "expected Karpathy's split" in fails(capsys, *args)
     monkeypatch.setattr(pf, "FLICKR30K", {"train": 2, "val": 1})
     mirror.script[:] = ["drop"]
-    code, out, err = call(capsys, *args, "--delete_archive")
+    code, out, err = call(capsys, *args)
     assert code == 0, err
     assert {split: n["images"] for split, n in pf.load_meta(source / "out")["splits"].items()} == pf.FLICKR30K
-    assert not (source / "out" / "flickr30k-images.zip").exists()
     n = len(mirror.seen)
+    assert call(capsys, *args, "--out_dir", source / "again", "--delete_archive")[0] == 0 and len(mirror.seen) == n  # it had been kept
+    assert not os.path.exists("data/flickr30k/flickr30k-images.zip")
     code, out, _ = call(capsys, *args)
     assert code == 0 and "nothing to do" in out and len(mirror.seen) == n  # not downloaded again
     mirror.script[:] = ["404"]
@@ -728,6 +730,7 @@ def test_flickr30k_from_a_mirror(mirror, source, capsys, monkeypatch):
     ({"url": "http://x"}, "--url and --delete_archive are for the download"),
     ({"images": None, "captions": None, "url": "ftp://x"}, "expected http:// or https://"),
     ({"tokenizer": "nowhere"}, "--tokenizer nowhere: not bpe, gpt2"),
+    ({"tokenizer": "pictures/nowhere"}, "--tokenizer pictures/nowhere: not bpe, gpt2"),
 ])
 def test_mistakes_are_one_line(source, capsys, monkeypatch, changed, message):
     monkeypatch.chdir(source)

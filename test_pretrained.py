@@ -314,7 +314,8 @@ def test_the_first_loss_is_the_language_models_own(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("changed, message", [
-    (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"), (["--n_embd=64"], "n_embd is 32 in"),
+    (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"), (["--encoder=docs/none"], "neither a folder"),
+    (["--n_embd=64"], "n_embd is 32 in"),
     (["--lr_scale=encoder"], "PATTERN=FACTOR"), (["--decoder=", "--lora_rank=2"], "lora_rank is for a pretrained decoder"),
     (["--lora_rank=2", "--lora_targets=nothing"], "matches no linear layer"), (["--lr_scale=encodr=0.1"], "found in no trained"),
     (["--lora_rank=2", "--lora_targets=("], "no regular expression"), (["--encoder=", "--freeze_encoder"], "for a pretrained encoder"),

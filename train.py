@@ -460,6 +460,7 @@ def main():
             for group, own in zip(optimizer.param_groups, given):  # rates are the command line's, not the checkpoint's
                 group.update(own)
         it, seen, seconds, best, running = (checkpoint[k] for k in ("iter", "seen", "seconds", "best", "running"))
+    tuning = checkpoint is not None and not resumed
     del checkpoint
     if options.compile:  # all but the head, which computes its own gradients
         for m in (model, teacher):
@@ -516,6 +517,8 @@ def main():
     if rank == 0 and options.force and not resumed:
         for path in (out_dir / "last.pt", out_dir / "best.pt"):  # of the run that is replaced
             path.unlink(missing_ok=True)
+    if tuning:
+        save()  # or a run stopped before its first evaluation would be resumed from random weights
 
     def progress():  # of the schedule, 0 to 1
         by_iters = it / options.max_iters if options.max_iters else 0

@@ -55,6 +55,7 @@ def main():
         with results.open("a") as file:
             file.write(json.dumps(found[-1]) + "\n")
         write(args.minutes, found)
+    write(args.minutes, found)
 
 
 def write(minutes, found):
