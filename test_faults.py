@@ -562,12 +562,12 @@ def names(folder, rng):
         fine += [os.fsdecode(b"latin\xe9.jpg")] * (sys.platform == "linux")  # macOS takes none but UTF-8
         for name in fine:
             (inside / name).write_bytes(good.getvalue())
-        (inside / "folder.jpg").mkdir()
+        (inside / "folder.jpg").mkdir()  # in which there are no pictures
         os.mkfifo(inside / "pipe.jpg")
         os.symlink("/dev/zero", inside / "device.jpg")
         os.symlink(inside / "nowhere", inside / "link.jpg")
         (inside / "empty.jpg").touch()
-        bad = ["folder.jpg", "pipe.jpg", "device.jpg", "link.jpg", "empty.jpg"]
+        bad = ["pipe.jpg", "device.jpg", "link.jpg", "empty.jpg"]
         for more in ([], ["--json"]):
             code, output = finish(folder, "sample.py", "--image", inside, "--out_dir", folder / "trained", "--device", "cpu", *more)
             captions = (folder / "io/output").read_text().splitlines()
