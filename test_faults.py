@@ -182,7 +182,7 @@ def told_to_stop(folder, rng):
             unread = f"{HERE / 'train.py'}" not in output  # no line of the script had run
             return "" if code in (128 + number, -number) or code == 1 and unread else f"exit code {code}: {output}"
         if code == 130 and times == 2:  # left at once
-            return ""
+            return "a half-written file is left" * any(out_dir.glob("*.tmp*"))
         stopped = re.search(r"stopped at step (\d+)", output)
         return "" if code == 128 + number and stopped and int(stopped[1]) == saved else f"exit code {code}, saved {saved}: {output[-200:]}"
     yield from interrupted(how, folder, rng)

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bpe import DECODER_PATTERNS
-from common import Parser, UserError, atomic_write, check_ranges, exclusive, interrupt, run
+from common import Parser, UserError, atomic_write, check_ranges, exclusive, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import ModelOptions, pack
 from muon import Muon
@@ -504,8 +504,12 @@ def main():
     signals = []
 
     def on_signal(number, frame):
-        if signals:
-            interrupt(number, frame)  # asked twice: leave at once
+        if signals:  # asked twice: leave at once, for an exception may come while torch.save can't take one
+            with suppress(OSError):
+                os.write(2, b"interrupted\n")
+                for path in out_dir.glob(f"*.tmp{os.getpid()}"):
+                    path.unlink()
+            os._exit(130)
         signals.append(number)
         with suppress(OSError):
             os.write(2, b"stopping after this step or evaluation; asked again: at once, without saving\n" * (rank == 0))
