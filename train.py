@@ -505,10 +505,11 @@ def main():
 
     def on_signal(number, frame):
         if signals:  # asked twice: leave at once, for an exception may come while torch.save can't take one
+            for path in out_dir.glob(f"*.tmp{os.getpid()}"):
+                with suppress(OSError):
+                    path.unlink()
             with suppress(OSError):
                 os.write(2, b"interrupted\n")
-                for path in out_dir.glob(f"*.tmp{os.getpid()}"):
-                    path.unlink()
             os._exit(130)
         signals.append(number)
         with suppress(OSError):

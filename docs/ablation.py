@@ -9,10 +9,13 @@ Wants data/flickr8k and transformers (for docs/pretrain_gpt2.py).
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = {  # what changes: train.py's options
@@ -28,8 +31,8 @@ VARIANTS = {  # what changes: train.py's options
     "the teacher in the loss (alpha 0.4)": ["--alpha=0.4"],
 }
 KEPT = ("cider", "bleu4", "loss", "loss_shuffled", "bits_per_char", "distinct")
-NOT_TRIED = """Each row changes one thing and leaves the rest as it is: what two changes do together, and what becomes of them in hours instead of
-minutes, the table doesn't say. Not tried here: another vocabulary, smoothing, dropout, width against depth, resolution, batch size, lower-casing,
+NOTES = """The same minutes are not the same work: a machine slows down and speeds up, as the steps show. Of one seed, differences in CIDEr of less
+than about 0.02 say nothing, and what becomes of them in hours instead of minutes the table doesn't say. Not tried here: another vocabulary, smoothing, dropout, width against depth, resolution, batch size, lower-casing,
 a contrastive loss, a self-supervised warm start."""
 PRETRAINING = 2  # minutes of its time that the pretrained decoder's variant spends on language alone
 
@@ -66,7 +69,8 @@ def write(minutes, found):
     """The table as it stands, into ablation.md."""
     mean = lambda results, key: statistics.mean(r[key] for r in results)
     lines = [f"# {minutes:g} minutes each", "",
-             "Flickr8k's dev photos (1,000), beam search; the mean of the seeds and, of CIDEr, each. `python docs/ablation.py`", "",
+             f"Flickr8k's dev photos (1,000), beam search; the mean of the seeds and, of CIDEr, each. `python docs/ablation.py` on "
+             f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()}).", "",
              "| | steps | loss, bits a character | more with exchanged pictures | CIDEr | seeds | distinct |",
              "|---|---|---|---|---|---|---|"]
     for name in VARIANTS:
@@ -76,7 +80,7 @@ def write(minutes, found):
         gap = statistics.mean((r["loss_shuffled"] / r["loss"] - 1) * r["bits_per_char"] for r in results)
         lines.append(f"| {name} | {mean(results, 'steps'):.0f} | {mean(results, 'bits_per_char'):.4f} | {gap:.3f} | {mean(results, 'cider'):.3f} | "
                      + " ".join(f"{r['cider']:.3f}" for r in results) + f" | {mean(results, 'distinct'):.2f} |")
-    lines += ["", NOT_TRIED]
+    lines += ["", NOTES]
     (HERE / "ablation.md").write_text("\n".join(lines) + "\n")
 
 
