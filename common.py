@@ -13,7 +13,18 @@ import threading
 import time
 import urllib.parse
 
-import requests
+
+def uncaught(kind, error, trace):
+    """Python's last resort: an interrupt, which may come while a script is still importing, is one line here too, and exit code 130."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = uncaught  # before what takes long to import
+
+import requests  # noqa: E402
 
 try:
     import fcntl

@@ -37,7 +37,10 @@ def child(script, arguments, folder, file_limit):
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     sys.argv = [script, *arguments]
-    runpy.run_path(str(HERE / script), run_name="__main__")
+    try:
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    except KeyboardInterrupt:  # what Python would do, and multiprocessing doesn't
+        sys.excepthook(*sys.exc_info())
 
 
 def launch(folder, script, *arguments, input=b"", file_limit=0):

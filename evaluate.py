@@ -10,6 +10,8 @@ The metrics take lists of words, from tokenize:
     refs = cider_references([[tokenize(text) for text in texts] for texts in references])   # once
     score, scores = cider([tokenize(text) for text in captions], refs)                      # as often as wanted
 """
+from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, progress, run  # first: it answers Ctrl-C
+
 import io
 import json
 import math
@@ -23,7 +25,6 @@ from collections import Counter
 
 import numpy as np
 
-from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, progress, run
 from prepare_flickr import EXTENSION, list_images, load_image, match, read_captions, read_entry, read_records, read_split
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ For each split out_dir gets SPLIT_images.bin, SPLIT_tokens.bin, SPLIT_captions.b
 read_split) and SPLIT.jsonl, beside tokenizer.tiktoken and, written last, meta.json (load_meta). Other scripts read
 pictures and captions with load_image and read_captions from here, so that they are the same everywhere.
 """
+from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run  # first: it answers Ctrl-C
+
 import array
 import contextlib
 import csv
@@ -38,7 +40,6 @@ from PIL import Image, ImageOps
 
 from bpe import GPT2_PATTERN, keep_used, make_tokenizer, ranks_to_text, read_hub_tokenizer, text_to_ranks, train_bpe
 import common
-from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run
 
 Image.init()
 FORMATS = [name for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN]  # no EPS: it runs code

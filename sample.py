@@ -10,6 +10,8 @@ From Python:
     captioner = load()
     print(caption(captioner, "photo.jpg"))
 """
+from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, one_line, run  # first: it answers Ctrl-C
+
 import itertools
 import json
 import os
@@ -22,7 +24,6 @@ import numpy as np
 import torch
 
 from bpe import make_tokenizer, text_to_ranks
-from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, one_line, run
 from model import Captioner, ModelOptions
 from prepare_flickr import EXTENSION, list_images, load_image, read_records, read_split
 

@@ -172,14 +172,14 @@ def told_to_stop(folder, rng):
         process.join(60)
         code, output = process.exitcode, printed(folder)
         process.kill()
-        if "Traceback" in output and "common.py" in output:  # elsewhere: Python was still reading the script
+        unread = "train.py" not in output and "common.py" not in output  # no line of the script had run
+        if "Traceback" in output and not unread:
             return output[-300:]
         out_dir = max(folder.glob("broken*"), key=lambda path: int(path.name[6:]), default=folder / "none")  # not yet made
         saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"] if (out_dir / "last.pt").exists() else 0
         if code == 0:  # it was through just then, or had been before
             return "" if saved == 25 else f"exit code 0 at step {saved}"
         if "\nstep " not in output:  # before it listened: Python's own answers
-            unread = f"{HERE / 'train.py'}" not in output  # no line of the script had run
             return "" if code in (128 + number, -number) or code == 1 and unread else f"exit code {code}: {output}"
         if code == 130 and times == 2:  # left at once
             return "a half-written file is left" * any(out_dir.glob("*.tmp*"))

@@ -6,6 +6,8 @@ Trains a captioner. Options are the fields below; a config file sets some, the c
     python train.py config/nano.py --init_from=out/nano --out_dir=out/mine --data_dir=data/mine    # fine-tune
     torchrun --standalone --nproc_per_node=4 train.py config/base.py     # four GPUs
 """
+from common import Parser, UserError, atomic_write, check_ranges, exclusive, run  # first: it answers Ctrl-C
+
 import copy
 import difflib
 import inspect
@@ -27,7 +29,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from bpe import DECODER_PATTERNS
-from common import Parser, UserError, atomic_write, check_ranges, exclusive, run
 from evaluate import cider, cider_references, document_frequencies, tokenize
 from model import ModelOptions, pack
 from muon import Muon
