@@ -191,6 +191,12 @@ def fetch_now(url):
         return error
 
 
+def on_hub(source):
+    """Whether source is a name on the hub, OWNER/NAME or NAME, and no path: fetched before, or nothing that is here begins so."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and (
+        os.path.isdir(f"{WEIGHTS}/{source}") or not os.path.exists(source.split("/")[0]))
+
+
 def download(url, path, token=None):
     """Fetches url into path, which appears only once it is whole; a path that exists is kept. token: sent to url's host alone.
 

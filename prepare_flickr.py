@@ -399,8 +399,7 @@ def read_tokenizer(source):
         with open(f"{source}/tokenizer.tiktoken", "rb") as file:
             return text_to_ranks(file.read()), load_meta(source)["pattern"], load_ids(source)
     folder = source
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2[\w-]*", source) and (
-            os.path.isdir(f"{common.WEIGHTS}/{source}") or not os.path.exists(source.split("/")[0])):  # a name on the hub
+    if common.on_hub(source) and re.fullmatch(r".+/.+|(distil)?gpt2[\w-]*", source):
         folder = f"{common.WEIGHTS}/{source}"
         os.makedirs(folder, exist_ok=True)
         download(f"{common.HUB}/{source}/resolve/main/tokenizer.json", f"{folder}/tokenizer.json", os.environ.get("HF_TOKEN"))

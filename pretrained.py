@@ -34,7 +34,7 @@ def fetch(source):
     if os.path.isdir(source):
         return Path(source)
     folder = Path(common.WEIGHTS, source)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or not folder.is_dir() and os.path.exists(source.split("/")[0]):  # out/wrong
+    if not common.on_hub(source):
         raise UserError(f"{source}: neither a folder nor a name on the hub, such as gpt2 or facebook/dinov2-small")
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -844,6 +844,24 @@ def test_nothing_is_lost(name, tmp_path, monkeypatch):
     assert results and not any(results), [lost for lost in results if lost]
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "prepare_flickr.py"])
+def test_ctrl_c_while_importing_is_one_line(script):
+    program = """
+import runpy, sys
+
+class Interrupt:  # comes at what takes long to import
+    def find_spec(name, *rest):
+        if name == "numpy":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt)
+sys.argv = [sys.argv[1]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program, script], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{script}: interrupted\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Breaks things on purpose for a while and prints what was lost.")
     parser.add_argument("--minutes", type=float, default=30)
