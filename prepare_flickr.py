@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import lzma
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ PIXELS = 64_000_000  # of a picture that is decoded whole
 SPLITS = "train", "val", "test"
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}
 EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what load_image says in its own line
 FLICKR30K_URL = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
 FLICKR30K = {"train": 29000, "val": 1014, "test": 1000}  # pictures of Karpathy's split
 
