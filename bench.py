@@ -368,8 +368,8 @@ def bench_prepare(folder):
     encoding, began = make_tokenizer(ranks), time.perf_counter()
     for text in texts:
         encoding.encode_ordinary(text)
-    return {"1,000 pictures, with start and captions": 1000 / seconds["prepare"], "10,000 pictures, the same": 10000 / large,
-            "naive, one process": 1000 / seconds["naive"], "cores": os.cpu_count(),
+    return {"pictures a second: 1,000, with start, captions": 1000 / seconds["prepare"], "pictures a second: 10,000, the same": 10000 / large,
+            "pictures a second: naive, one process": 1000 / seconds["naive"], "cores": os.cpu_count(),
             "times naive per core, 10,000 pictures": 10000 / large / (1000 / seconds["naive"]) / os.cpu_count(),
             "memory_mb, 1,000 pictures": memory[1000], "memory_mb, 10,000 pictures": memory[10000],
             "BPE learned from 150,000 captions, seconds": bpe, "captions encoded a second": 150000 / (time.perf_counter() - began)}

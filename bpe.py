@@ -111,11 +111,11 @@ def keep_used(ranks, pattern, texts):
     return sorted(order[token] for token in kept)
 
 
-# GPT-2's pattern, and Falcon's: punctuation apart from the space before it, digits by threes.
-PATTERNS = {"ByteLevel": GPT2_PATTERN,
-            "Punctuation ByteLevel Digits Split": r"[!-/:-@\[-`{-~\p{P}]++|\p{Nd}{3}|\p{Nd}{1,2}|\p{N}++| ?\p{L}++"
-                                                  r"| ?[^\s\p{L}\p{N}\p{P}!-/:-@\[-`{-~]++|\s++$|\s+(?!\S)|\s"}
-DECODER_PATTERNS = dict(zip(("gpt2", "falcon"), PATTERNS.values()))
+# punctuation apart from the space before it, digits by threes
+FALCON_PATTERN = (r"[!-/:-@\[-`{-~\p{P}]++|\p{Nd}{3}|\p{Nd}{1,2}|\p{N}++| ?\p{L}++"
+                  r"| ?[^\s\p{L}\p{N}\p{P}!-/:-@\[-`{-~]++|\s++$|\s+(?!\S)|\s")
+PATTERNS = {"ByteLevel": GPT2_PATTERN, "Punctuation ByteLevel Digits Split": FALCON_PATTERN}  # by tokenizer.json's pre_tokenizer
+DECODER_PATTERNS = {"gpt2": GPT2_PATTERN, "falcon": FALCON_PATTERN}  # by decoder_family
 
 
 def read_hub_tokenizer(path):

@@ -16,7 +16,8 @@ import urllib.parse
 
 def uncaught(kind, error, trace):
     """Python's last resort: an interrupt, which may come while a script is still importing, is one line here too, and exit code 130."""
-    if issubclass(kind, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt) and not hasattr(sys, "ps1"):  # which an interactive Python has
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"{os.path.basename(sys.argv[0])}: interrupted", file=sys.stderr)
         sys.exit(130)
     sys.__excepthook__(kind, error, trace)
@@ -75,8 +76,8 @@ def interrupt(number, frame):
 
 
 def run(main):
-    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network) or ArithmeticError in
-    one line and 1, an interrupt in one line and 130."""
+    """Calls main(). A UserError ends in one line on stderr and exit code 2, an OSError (disk full, no network), an ArithmeticError or
+    memory that runs out in one line and 1, an interrupt in one line and 130."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a picture's name may be anything
     signal.signal(signal.SIGINT, interrupt)
     try:
@@ -192,8 +193,8 @@ def fetch_now(url):
 
 
 def on_hub(source):
-    """Whether source is a name on the hub, OWNER/NAME or NAME, and no path: fetched before, or nothing that is here begins so."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and (
+    """Whether source, OWNER/NAME or NAME, is taken for a name on the hub: no path that exists, nor a wrong one into a folder that does."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and not os.path.exists(source) and (
         os.path.isdir(f"{WEIGHTS}/{source}") or not os.path.exists(source.split("/")[0]))
 
 

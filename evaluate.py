@@ -10,7 +10,8 @@ The metrics take lists of words, from tokenize:
     refs = cider_references([[tokenize(text) for text in texts] for texts in references])   # once
     score, scores = cider([tokenize(text) for text in captions], refs)                      # as often as wanted
 """
-from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, progress, run  # first: it answers Ctrl-C
+# before what is slow to import: from here on Ctrl-C is answered in one line
+from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, progress, run
 
 import io
 import json
@@ -386,10 +387,8 @@ def main():
         raise UserError("give both --images and --captions, or neither for a split of --data_dir")
     if not args.images:
         args.split = args.split or "val"
-    for option in "save", "sheet":
-        path = getattr(args, option)
-        if path and not os.path.isdir(folder := os.path.dirname(path) or "."):
-            raise UserError(f"--{option} {path}: there is no folder {folder}: make it first")
+    if args.save and not os.path.isdir(folder := os.path.dirname(args.save) or "."):
+        raise UserError(f"--save {args.save}: there is no folder {folder}: make it first")
     if args.sheet and not EXTENSION.search(args.sheet):
         raise UserError(f"--sheet {args.sheet}: name a picture file, such as sheet.png")
     if args.meteor_spice:

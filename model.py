@@ -39,21 +39,21 @@ class ModelOptions:
     patch_size: int = 16        # pixels a side of one patch
     stem: str = "conv"          # how patches become vectors: "conv" (strided convolutions) or "patch" (one linear layer)
     local: bool = False         # before each block of the encoder a depthwise convolution over neighbouring patches
-    n_layer_encoder: int = 4
+    n_layer_encoder: int = 4    # blocks
     n_layer_decoder: int = 3
-    n_head: int = 4
-    n_embd: int = 256
+    n_head: int = 4             # attention heads of a block
+    n_embd: int = 256           # size of the vectors
     n_query: int = 0            # learned queries that pool the patches into so many vectors; 0: the decoder sees all patches
     bridge: str = "cross"       # how the picture reaches the words: "cross" (attention), "prefix" (soft prompt) or "both"
     cross_every: int = 1        # cross-attention in every so many-th decoder block, the last one always
     block_size: int = 64        # longest caption in tokens with its EOT, plus the prefix where there is one
-    unigram: float = 0.0        # weight of a second loss: the words, told from the mean of what the encoder gives; 0: none
+    unigram: float = 0.0        # weight of a second loss: each word predicted from the mean of the encoder's vectors alone; 0: none
     dropout: float = 0.0        # on embeddings and on what each sub-layer adds
     word_dropout: float = 0.0   # share of words that training hides from the decoder: it has to look at the picture (arXiv 1511.06349)
     encoder_family: str = "own"  # whose architecture, see FAMILIES: own, vit, deit, dinov2, clip
     decoder_family: str = "own"  # own, gpt2, falcon
     n_embd_encoder: int = 0     # of the encoder, where it differs from the decoder's; 0: the same
-    n_head_encoder: int = 0
+    n_head_encoder: int = 0     # likewise
 
     def check(self):
         """Raises ValueError with one line for a combination that can't be built."""
@@ -231,7 +231,7 @@ class MLP(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout (arXiv 1207.0580), faster on CPUs: they draw random numbers one by one, and each of 64 bits serves four elements."""
+    """nn.Dropout (arXiv 1207.0580), faster on CPUs, where random numbers are slow to draw: one of 64 bits serves four elements."""
 
     def forward(self, x):
         if x.device.type != "cpu" or not self.training or not self.p:
@@ -538,7 +538,7 @@ class Captioner(nn.Module):
         """
         images (B, S, S, 3), captions from pack -> two sums over the n tokens: the training loss (see HeadLoss) and the
         plain cross-entropy in nats. teacher: a Captioner whose distribution has the weight alpha in the loss. Where captions
-        hold a factor, float (n,), each token's loss is multiplied by it. Elsewhere, with options.unigram, training adds the
+        hold a factor, float (n,), each token's loss is multiplied by it. Where they don't, with options.unigram, training adds the
         cross-entropy of each token given the mean of its picture's vectors alone (arXiv 1511.02251), which teaches the encoder directly.
         """
         targets, factor = captions["targets"], captions.get("factor")
@@ -550,7 +550,7 @@ class Captioner(nn.Module):
         second = 0.0
         if self.options.unigram and self.training:
             logp = F.linear(self.unigram(memory.mean(1)), self.wte.weight).float().log_softmax(-1)  # (B, V)
-            second = -logp[captions["slot"] // captions["segment"].size(1), targets].sum() * self.options.unigram * (factor is None)
+            second = -logp[captions["slot"] // captions["segment"].size(1), targets].sum() * self.options.unigram * (factor is None)  # by 0: DDP wants all in the graph
         loss, ce = head_loss(self.hidden(memory, captions), weight, targets, factor, *soft, alpha, smoothing)
         return loss + second, ce
 

@@ -8,7 +8,8 @@ For each split out_dir gets SPLIT_images.bin, SPLIT_tokens.bin, SPLIT_captions.b
 read_split) and SPLIT.jsonl, beside tokenizer.tiktoken and, written last, meta.json (load_meta). Other scripts read
 pictures and captions with load_image and read_captions from here, so that they are the same everywhere.
 """
-from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run  # first: it answers Ctrl-C
+# before what is slow to import: from here on Ctrl-C is answered in one line
+from common import PICTURE_BYTES, Parser, UserError, atomic_write, check_ranges, download, exclusive, fetch, progress, run
 
 import array
 import contextlib
@@ -387,7 +388,7 @@ def load_ids(data_dir):
 
 
 def read_tokenizer(source):
-    """`gpt2`, a prepared folder, a checkpoint (or its folder), a folder with the hub's tokenizer.json -> (ranks, pattern, ids: the
+    """`gpt2`, a prepared folder, a checkpoint (or its folder), a name on the hub or a folder with its tokenizer.json -> (ranks, pattern, ids: the
     tokens' numbers in a pretrained decoder with EOT's, or None); None for `bpe`: yet to learn."""
     if source == "bpe":
         return None
@@ -409,7 +410,7 @@ def read_tokenizer(source):
         return read_hub_tokenizer(f"{folder}/tokenizer.json")
     path = next((p for p in (f"{source}/best.pt", f"{source}/last.pt", source) if os.path.isfile(p)), None)
     if path is None:
-        raise UserError(f"--tokenizer {source}: not bpe, gpt2, a prepared folder, a checkpoint or a folder with one")
+        raise UserError(f"--tokenizer {source}: not bpe, gpt2, a prepared folder, a checkpoint, a folder with one or OWNER/NAME on the hub")
     import torch  # only here: preparing needs no torch
     try:
         tokenizer = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["tokenizer"]
@@ -740,7 +741,7 @@ def main():
     add("--image_size", type=int, default=160, help="pixels a side (default: %(default)s)")
     add("--vocab_size", type=int, default=8192, help="at most so many tokens, EOT included (default: %(default)s)")
     add("--tokenizer", default="bpe", help="bpe (learned from train; default), gpt2, a prepared folder, a checkpoint, a "
-        "folder with a language model's tokenizer.json")
+        "language model's name on the hub (OWNER/NAME) or a folder with its tokenizer.json")
     add("--keep_used", action="store_true", help="of a tokenizer that is taken over, keep only the tokens that train's captions use")
     add("--workers", type=int, default=os.cpu_count(), help="processes that decode pictures (default: all cores)")
     add("--force", action="store_true", help="replace what is in out_dir: it is deleted before the new data are made")

@@ -10,7 +10,8 @@ From Python:
     captioner = load()
     print(caption(captioner, "photo.jpg"))
 """
-from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, one_line, run  # first: it answers Ctrl-C
+# before what is slow to import: from here on Ctrl-C is answered in one line
+from common import PUBLISHED, Parser, UserError, atomic_write, check_ranges, one_line, run
 
 import itertools
 import json
@@ -233,7 +234,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each picture")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each picture: image, captions (a list of "
+                        "{text, logprob}), references (people's captions, of a prepared folder)")
     parser.add_argument("--sheet", metavar="PNG", help="write the pictures with their captions as one picture")
     args = parser.parse_args()
     if args.beam and args.num_samples > 1:
@@ -270,7 +272,7 @@ def main():
         limits["seed"] += len(batch)  # other draws for other pictures
         for (name, image, references), captions in zip(batch, results):
             if args.json:
-                print(json.dumps({"image": name, "captions": captions}, ensure_ascii=False))
+                print(json.dumps({"image": name, "captions": captions, "references": references}))
             else:
                 for c in captions:
                     print(one_line(f"{name}: {c['text']}"))

@@ -179,7 +179,7 @@ def told_to_stop(folder, rng):
         saved = torch.load(out_dir / "last.pt", weights_only=True)["iter"] if (out_dir / "last.pt").exists() else 0
         if code == 0:  # it was through just then, or had been before
             return "" if saved == 25 else f"exit code 0 at step {saved}"
-        if "\nstep " not in output:  # before it listened: Python's own answers
+        if "\nstep " not in output:  # before it listened: 130 by common.py, or Python's own answers
             return "" if code in (128 + number, -number) or code == 1 and unread else f"exit code {code}: {output}"
         if code == 130 and times == 2:  # left at once
             return "a half-written file is left" * any(out_dir.glob("*.tmp*"))

@@ -24,6 +24,7 @@ from conftest import HERE, ended, launch, tiny_dataset
 from evaluate import cider, cider_references, document_frequencies
 from model import Captioner, Dropout, ModelOptions, Neighbours, PatchStem, head_loss, pack, patchify
 from muon import orthogonalise
+from prepare_flickr import read_records
 from sample import caption, load
 
 BRIDGES = [dict(bridge="cross"), dict(bridge="prefix"), dict(bridge="both", n_query=3), dict(bridge="prefix", n_query=2),
@@ -471,12 +472,38 @@ def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path, options):
     with open(tmp_path / "parts/log.jsonl", "a") as f:  # what a killed run may have written after its checkpoint
         f.write('{"iter": 11, "loss": 1}\n{"iter": 12, "lo')
     run(*command[1:])
+    assert b"nothing is left to do" in run(*command[1:]).stdout
     whole, parts = last(tmp_path / "whole"), last(tmp_path / "parts")
     for key in STATE:
         assert_same(whole[key], parts[key], key)
     assert read_log(tmp_path / "whole") == read_log(tmp_path / "parts")
     best = [torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("whole", "parts")]
     assert_same(best[0]["model"], best[1]["model"])
+
+
+def test_killed_between_evaluations_goes_on_from_what_was_saved(data, tmp_path):
+    options = dict(max_iters=12, eval_interval=50)
+    start(data, tmp_path / "whole", options=options)
+    worker = tmp_path / "worker.py"  # train.py, with checkpoints all the time and an end in its fifth step
+    worker.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+from common import run
+train.SAVE_SECONDS, calls, update_teacher = -1, [], train.update_teacher
+def killed(*args):
+    update_teacher(*args)
+    calls.append(0)
+    if len(calls) == 5:
+        os._exit(9)
+train.update_teacher = killed
+run(train.main)
+""")
+    assert start(data, tmp_path / "killed", "--init_from=resume", options=options, script=worker, check=False).returncode == 9
+    assert last(tmp_path / "killed")["iter"] == 4
+    start(data, tmp_path / "killed", "--init_from=resume", options=options)
+    for key in STATE:
+        assert_same(last(tmp_path / "whole")[key], last(tmp_path / "killed")[key], key)
 
 
 def test_accumulation_changes_nothing_but_rounding(data, tmp_path):
@@ -666,9 +693,11 @@ def test_sample_captions_pictures_and_names_bad_ones(trained, data, tmp_path):
     done = run("sample.py", "--image", folder, data, "--out_dir", trained, "--json", "--sheet", tmp_path / "s.png", check=False)
     assert done.returncode == 1 and b"broken.jpg" in done.stderr and b"Traceback" not in done.stderr
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    records = {r["image"]: r["captions"] for r in read_records(data, "val")}
     assert [os.path.basename(line["image"]) for line in lines] == ["a.png", "b c.jpg"] + [f"val{i}.jpg" for i in range(6)]
     for line in lines:
         assert len(line["captions"]) == 1 and line["captions"][0]["logprob"] < 0
+        assert line.get("references", []) == records.get(line["image"], [])
     assert Image.open(tmp_path / "s.png").size[0] > 400
     stdin = run("sample.py", "--image", "-", "--out_dir", trained, "--json", input=(folder / "a.png").read_bytes())
     assert json.loads(stdin.stdout)["captions"][0]["text"] == lines[0]["captions"][0]["text"]

@@ -6,7 +6,8 @@ Trains a captioner. Options are the fields below; a config file sets some, the c
     python train.py config/nano.py --init_from=out/nano --out_dir=out/mine --data_dir=data/mine    # fine-tune
     torchrun --standalone --nproc_per_node=4 train.py config/base.py     # four GPUs
 """
-from common import Parser, UserError, atomic_write, check_ranges, exclusive, run  # first: it answers Ctrl-C
+# before what is slow to import: from here on Ctrl-C is answered in one line
+from common import Parser, UserError, atomic_write, check_ranges, exclusive, run
 
 import copy
 import difflib
@@ -46,7 +47,7 @@ class Options(ModelOptions):
     force: bool = False               # overwrite an out_dir that holds last.pt
     # how much
     batch_size: int = 32              # pictures a step, over all ranks and micro-steps
-    grad_accum: int = 1               # micro-steps a step: the same result in less memory
+    grad_accum: int = 1               # micro-steps a step: the same gradient, but for what is drawn at random, in less memory
     max_iters: int = 0                # stop after so many steps ...
     max_minutes: float = 0.0          # ... or so many minutes of training, evaluation not counted; 0: no limit
     # pictures
@@ -63,8 +64,8 @@ class Options(ModelOptions):
     learning_rate: float = 1e-3       # AdamW's
     muon_lr: float = 0.02             # Muon's
     weight_decay: float = 0.1         # of matrices
-    beta1: float = 0.9
-    beta2: float = 0.98
+    beta1: float = 0.9                # AdamW's, of the gradient's moving average
+    beta2: float = 0.98               # AdamW's, of its square's
     grad_clip: float = 1.0            # largest norm of the gradient; 0: no limit
     warmup_iters: int = 100           # the learning rate rises over these steps, then falls as a cosine
     min_lr: float = 0.0               # ... to this share of itself
@@ -74,23 +75,24 @@ class Options(ModelOptions):
     freeze_encoder: bool = False      # the encoder's weights stay as they came
     lora_rank: int = 0                # above 0: the decoder's weights stay too, but for LoRA's of this rank beside them
     lora_alpha: float = 16.0          # LoRA's factor is alpha / rank
-    lora_dropout: float = 0.0
+    lora_dropout: float = 0.0         # on what goes into LoRA's matrices
     lora_targets: str = "qkv|proj|fc"  # regular expression for the layers of the decoder that get one
     lr_scale: str = ""                # factors of the learning rate by regular expression, the first that fits: "encoder=0.1 wte=0.5"
     # watching
     log_interval: int = 20            # steps between lines of the log
-    eval_interval: int = 500          # steps between evaluations, each with a checkpoint
+    eval_interval: int = 500          # steps between evaluations, each with a checkpoint; other checkpoints: see SAVE_SECONDS
     eval_images: int = 1000           # pictures of val in an evaluation, at most
     # machine
     device: str = "auto"              # cpu, cuda, mps; auto: the best there is
     dtype: str = "auto"               # of matrix products: bfloat16 or float32; auto: bfloat16 on CUDA
     recompute: bool = False           # keep no activations of the decoder's blocks but compute them again: less memory, more time
     compile: bool = False             # torch.compile: minutes to start, then faster on a GPU
-    seed: int = 0
+    seed: int = 0                     # of the weights, the order of the pictures and all that is drawn
 
 
 PARTS = {"encoder", "decoder", "freeze_encoder", "lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
 MODEL = {f.name for f in fields(ModelOptions)} | PARTS  # what a checkpoint's weights fit
+SAVE_SECONDS = 300  # of training, after which last.pt is written without an evaluation: no more than that is lost
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, after which training stops
 
 
@@ -510,8 +512,8 @@ def main():
                 with suppress(OSError):
                     path.unlink()
             with suppress(OSError):
-                os.write(2, b"interrupted\n")
-            os._exit(130)
+                os.write(2, b"train.py: interrupted\n")
+            os._exit(128 + number)
         signals.append(number)
         with suppress(OSError):
             os.write(2, b"stopping after this step or evaluation; asked again: at once, without saving\n" * (rank == 0))
@@ -532,7 +534,10 @@ def main():
 
     order = lambda epoch: np.random.default_rng((options.seed, epoch)).permutation(N)
     orders = {}  # of the epochs that a batch touches
-    done, stop, skipped = progress(), False, 0
+    done, stop, skipped, saved = progress(), False, 0, seconds
+    if done >= 1 and rank == 0:
+        reached = "max_iters" if options.max_iters and it >= options.max_iters else "max_minutes"
+        print(f"nothing is left to do: --{reached}={getattr(options, reached)} is reached, a larger one goes on")
     while done < 1 and not stop:
         began = time.perf_counter()
         position = np.arange(seen, seen + options.batch_size)
@@ -601,7 +606,7 @@ def main():
             record = dict(epoch=seen / N, seconds=seconds, loss=mean_ce, lr=optimizers[0].param_groups[0]["lr"],
                           grad_norm=norm.item() if finite else None, images_per_s=n_images / spent, captions_per_s=n_captions / spent)
             left = seconds * (1 - done) / done
-            log(f"step {it} | epoch {seen / N:.2f} | loss {math.nan if mean_ce is None else mean_ce:.4f} | lr {record['lr']:.2e} | "
+            log(f"step {it} | epoch {seen / N:.2f} | {'minus the reward' if options.samples else 'loss'} {math.nan if mean_ce is None else mean_ce:.4f} | lr {record['lr']:.2e} | "
                 f"{record['images_per_s']:.1f} pictures/s | {int(left // 60)}:{int(left % 60):02d} left", **record)
         if it % options.eval_interval == 0 or done >= 1:
             model.eval()
@@ -617,16 +622,19 @@ def main():
                             weights = {k: t.half() for k, t in kept(candidate).items()}  # half the size; a run goes on from last.pt
                             torch.save(dict(model=weights, which=name, iter=it, eval=results[name], **about), f)
             log("\n".join(f"  {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in r.items()) for name, r in results.items())
-                + "".join(f"\n    {text}    (a person: {refs[0]})" for text, refs in zip(texts[:3], references)), eval=results)
+                + "".join(f"\n    the teacher's: {text}    (a person: {refs[0]})" for text, refs in zip(texts[:3], references)), eval=results)
+        if it % options.eval_interval == 0 or done >= 1 or seconds - saved > SAVE_SECONDS:
             save()
+            saved = seconds
     if done < 1:
         save()
     if world > 1:
         dist.barrier()  # rank 0 is still writing: nobody leaves before it is done
         dist.destroy_process_group()
-    if signals and done < 1:
-        print(f"stopped at step {it}: --init_from=resume goes on", file=sys.stderr)
-        sys.exit(128 + signals[0])
+    if stop and done < 1:
+        if rank == 0:
+            print(f"stopped at step {it}: --init_from=resume goes on", file=sys.stderr)
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # perhaps another rank was told
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ VARIANTS = {  # what changes: train.py's options
     "the teacher in the loss (alpha 0.4)": ["--alpha=0.4"],
 }
 KEPT = ("cider", "bleu4", "loss", "loss_shuffled", "bits_per_char", "distinct")
-NOTES = """The same minutes are not the same work: a machine slows down and speeds up, as the steps show. Of one seed, differences in CIDEr of less
-than about 0.02 say nothing, and what becomes of them in hours instead of minutes the table doesn't say. Not tried here: another vocabulary, smoothing, dropout, width against depth, resolution, batch size, lower-casing,
-a contrastive loss, a self-supervised warm start."""
+NOTES = """The same minutes are not the same work: a machine slows down and speeds up, as the steps show. Differences in CIDEr of less than about
+0.02 say nothing of one seed, and what becomes of them in hours instead of minutes the table doesn't say. What is beyond doubt: Muon
+against AdamW, and patches by one linear layer against strided convolutions. Not tried here: another vocabulary, smoothing, dropout,
+width against depth, resolution, batch size, lower-casing, a contrastive loss, a self-supervised warm start."""
 PRETRAINING = 2  # minutes of its time that the pretrained decoder's variant spends on language alone
 
 
