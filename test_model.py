@@ -697,7 +697,7 @@ def test_sample_captions_pictures_and_names_bad_ones(trained, data, tmp_path):
     assert [os.path.basename(line["image"]) for line in lines] == ["a.png", "b c.jpg"] + [f"val{i}.jpg" for i in range(6)]
     for line in lines:
         assert len(line["captions"]) == 1 and line["captions"][0]["logprob"] < 0
-        assert line.get("references", []) == records.get(line["image"], [])
+        assert line["references"] == records.get(line["image"], [])
     assert Image.open(tmp_path / "s.png").size[0] > 400
     stdin = run("sample.py", "--image", "-", "--out_dir", trained, "--json", input=(folder / "a.png").read_bytes())
     assert json.loads(stdin.stdout)["captions"][0]["text"] == lines[0]["captions"][0]["text"]
