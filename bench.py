@@ -11,6 +11,9 @@ Useful FLOPs count the products of the matrices and convolutions that a step can
 with addition: of patches, of real tokens (no padding), in attention of the pairs that may look at each other. Backward counts
 twice forward. The share is of the rate of a 1,536 × 1,536 (CUDA: 8,192 × 8,192) product in the same dtype, in the same rounds.
 """
+# before what is slow to import: from here on Ctrl-C is answered in one line
+from common import Parser, UserError, run
+
 import ctypes
 import gc
 import itertools
@@ -33,7 +36,6 @@ from PIL import Image
 
 import train
 from bpe import make_tokenizer, train_bpe
-from common import Parser, UserError, run
 from model import Captioner, head_loss
 from prepare_flickr import load_meta, write_dataset
 from pretrained import assemble, part_options

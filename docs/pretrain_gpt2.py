@@ -12,13 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import run  # before what is slow to import: from here on Ctrl-C is answered in one line
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import run  # noqa: E402
-from prepare_flickr import load_meta, read_split  # noqa: E402
+from prepare_flickr import load_meta, read_split
 
 
 def main():

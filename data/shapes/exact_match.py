@@ -9,10 +9,11 @@ scene's caption: a captioner that ignores its pictures does as well there as on 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the other scripts lie in the repository's root
+from common import Parser, UserError, run  # before what is slow to import: from here on Ctrl-C is answered in one line
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the other scripts lie in the repository's root
-from common import Parser, UserError, run
 from prepare_flickr import load_meta, read_records, read_split
 from sample import caption_images, draw_sheet, load, read_checkpoint
 

@@ -12,11 +12,12 @@ from itertools import combinations, cycle, product
 from pathlib import Path
 from random import Random
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # prepare_flickr.py lies in the repository's root
+from common import Parser, UserError, run  # before what is slow to import: from here on Ctrl-C is answered in one line
+
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # prepare_flickr.py lies in the repository's root
-from common import Parser, UserError, run
 from prepare_flickr import load_meta, write_dataset
 
 COUNTS = {1: "a", 2: "two", 3: "three"}
