@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line that names the nearest right option."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         wrong = re.search(r"unrecognized arguments:.*?(-[^\s=]+)", message)
