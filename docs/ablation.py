@@ -34,7 +34,7 @@ BASE = ["--stem=conv"]  # as config/nano.py was before this table spoke against 
 KEPT = ("cider", "bleu4", "loss", "loss_shuffled", "bits_per_char", "distinct")
 NOTES = """The same minutes are not the same work: AdamW's steps are cheaper, the pretrained decoder spends two of its minutes on language alone, and a
 machine slows down and speeds up. Differences in CIDEr of less than about 0.02 say nothing of one seed, and what becomes of them in hours
-the table doesn't say. Clear are Muon against AdamW, by the loss, and patches by one linear layer against strided convolutions, by CIDEr in both
+the table doesn't say. Clear are Muon against AdamW, and patches by one linear layer against strided convolutions, by CIDEr in both
 seeds. Nothing here speaks for depthwise convolutions, unigram loss, augmentation or hidden words; config/nano.py keeps them: the first two because
 without them the gap to exchanged pictures shrinks once the patches are linear, the others for longer runs, which begin to learn the
 training pictures by heart. Not tried here: the teacher in the loss, another vocabulary, smoothing, dropout, width against depth, resolution,
