@@ -37,7 +37,7 @@ machine slows down and speeds up. Differences in CIDEr of less than about 0.02 s
 the table doesn't say. Clear are Muon against AdamW, and patches by one linear layer against strided convolutions, by CIDEr in both
 seeds. Nothing here speaks for depthwise convolutions, unigram loss, augmentation or hidden words; config/nano.py keeps them: the first two because
 without them the gap to exchanged pictures shrinks once the patches are linear, the others for longer runs, which begin to learn the
-training pictures by heart. Not tried here: the teacher in the loss, another vocabulary, smoothing, dropout, width against depth, resolution,
+training pictures by heart (a guess, not measured). Not tried here: the teacher in the loss, another vocabulary, smoothing, dropout, width against depth, resolution,
 batch size, lower-casing, a contrastive loss, a self-supervised warm start."""
 PRETRAINING = 2  # minutes of its time that the pretrained decoder's variant spends on language alone
 
