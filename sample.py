@@ -200,13 +200,17 @@ def find_pictures(paths, split, limit):
         elif os.path.isfile(os.path.join(path, "meta.json")):
             images, records = read_split(path, split)["images"], read_records(path, split)
             found += [(record["image"], images[i], record["captions"]) for i, record in enumerate(records[:limit])]
-        elif re.match(r"\w+://", path) and not re.match("https?://", path):
+        elif re.match("https?://", path):
+            found.append((path, path, []))
+        elif re.match(r"\w+://", path):
             raise UserError(f"{path}: of addresses only http:// and https:// are fetched")
         elif os.path.isdir(path):
             inside = [file for name, file in list_images(path).items() if EXTENSION.search(name)]
             if not inside:
                 raise UserError(f"no pictures in {path} (looked for .jpg, .png and the like, at any depth)")
             found += [(name, name, []) for name in inside[:limit]]
+        elif not os.path.exists(path):
+            raise UserError(f"--image {path}: there is no such picture or folder")
         else:
             found.append((path, path, []))
     return found
@@ -249,8 +253,8 @@ def main():
     if args.sheet and not EXTENSION.search(args.sheet):
         parser.error(f"--sheet {args.sheet}: name a picture file, such as sheet.png")
 
-    pictures = find_pictures(args.image, args.split, args.limit)
     captioner = load(args.out_dir, args.device)
+    pictures = find_pictures(args.image, args.split, args.limit)
     limits = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "no_repeat_ngram", "min_tokens",
                                                      "max_tokens", "length_penalty", "num_samples", "seed")}
     failed, sheet_images, sheet_texts = 0, [], []
