@@ -210,7 +210,7 @@ def find_pictures(paths, split, limit):
                 raise UserError(f"no pictures in {path} (looked for .jpg, .png and the like, at any depth)")
             found += [(name, name, []) for name in inside[:limit]]
         elif not os.path.exists(path):
-            raise UserError(f"--image {path}: there is no such picture or folder")
+            raise UserError(f"--image {path}: no picture or folder is found there")
         else:
             found.append((path, path, []))
     return found

@@ -738,7 +738,7 @@ def test_fine_tuning_on_photos_of_ones_own(trained, tmp_path):
 @pytest.mark.parametrize("args,parts", [
     (["--beam", "2", "--num_samples", "2"], ["--beam", "--num_samples"]), (["--beam", "0"], ["beam", "0"]),
     (["--top_p", "1.5"], ["top_p", "1.5"]), (["--temperature", "0"], ["temperature"]), (["--bean", "3"], ["--bean", "--beam"]),
-    (["--out_dir", "/nowhere"], ["/nowhere", "checkpoint"]), (["--sheet", "x.doc"], ["x.doc"]), ([], ["a.jpg", "no such picture"]),
+    (["--out_dir", "/nowhere"], ["/nowhere", "checkpoint"]), (["--sheet", "x.doc"], ["x.doc"]), ([], ["a.jpg", "no picture or folder"]),
 ])
 def test_wrong_sample_options(trained, args, parts):
     one_line_error(run("sample.py", "--image", "a.jpg", "--out_dir", trained, *args, check=False), 2, *parts)
