@@ -39,7 +39,7 @@ smaller differences say little; what becomes of them in hours the table doesn't 
 
 By CIDEr and by loss in both seeds: Muon beats AdamW, patches by one linear layer beat strided convolutions, and the teacher in the loss costs
 more than it gives in a run this short (its steps are a fifth fewer, and what it teaches is not yet worth learning: a guess). A decoder that
-was pretrained on the captions gains a little CIDEr and no loss. With strided convolutions, leaving out any other part (unigram loss, depthwise
+was pretrained on the captions gains a little CIDEr, its loss is the same. With strided convolutions, leaving out any other part (unigram loss, depthwise
 convolutions, augmentation, hidden words) lost no CIDEr in either seed. With linear patches, leaving out unigram loss lowers the loss, but costs 0.010
 CIDEr in the mean (0.023 in one seed, 0.003 more in the other) and looks less at the pictures; leaving out depthwise convolutions as well
 changes no CIDEr and raises the loss again: config/nano.py keeps both. Hidden words cost loss in both seeds, augmentation in one; they are kept for longer
