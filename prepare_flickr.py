@@ -88,7 +88,7 @@ def load_image(source, size):
     # PIL's decoders raise OSError, SyntaxError, struct.error, IndexError ... at a damaged file, and an error of their
     # own at a picture of too many pixels (a decompression bomb).
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(re.sub("<_io.*>", "", str(error)).split()) or type(error).__name__
         raise UserError(f"{name}: not a readable picture: {reason}") from None
 
 

@@ -699,6 +699,8 @@ def test_sample_captions_pictures_and_names_bad_ones(trained, data, tmp_path):
         assert len(line["captions"]) == 1 and line["captions"][0]["logprob"] < 0
         assert line["references"] == records.get(line["image"], [])
     assert Image.open(tmp_path / "s.png").size[0] > 400
+    empty = run("sample.py", "--image", "-", "--out_dir", trained, input=b"", check=False)
+    assert empty.returncode == 1 and b"cannot identify image file" in empty.stderr and b"BytesIO" not in empty.stderr
     stdin = run("sample.py", "--image", "-", "--out_dir", trained, "--json", input=(folder / "a.png").read_bytes())
     assert json.loads(stdin.stdout)["captions"][0]["text"] == lines[0]["captions"][0]["text"]
     several = run("sample.py", "--image", folder / "a.png", "--out_dir", trained, "--num_samples", "3", "--top_p", "0.9", "--json")
