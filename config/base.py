@@ -1,5 +1,6 @@
-# One GPU with 24 GB or more, Flickr30k at 224 pixels. Not run yet: no cost or result to state.
-data_dir = "data/flickr30k-256"   # python prepare_flickr.py --image_size 256 --out_dir data/flickr30k-256
+# Flickr30k at 224 pixels, for one GPU with 24 GB or more. Not run yet.
+#   python prepare_flickr.py --image_size 256 --out_dir data/flickr30k-256
+data_dir = "data/flickr30k-256"
 out_dir = "out/base"
 max_iters = 20000
 image_size = 224

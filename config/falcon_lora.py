@@ -1,9 +1,11 @@
-# Falcon-7B with LoRA behind a frozen CLIP ViT-B/16, for one 80 GB GPU. The picture is a soft prompt of 32 vectors.
-#   python prepare_flickr.py --image_size 224 --tokenizer tiiuae/falcon-7b --out_dir data/flickr30k-falcon
-# Memory by arithmetic: 6.92 G frozen parameters in bfloat16 are 13.8 GB, shared by student and teacher; LoRA of rank 16 on all
-# layers of the blocks has 33 M, with gradient, two moments, teacher and themselves 0.7 GB in float32. Of the activations only
-# each block's input is kept: 32 blocks × 8 pictures × (5 captions of 15 tokens + 32) × 4,544 × 2 bytes = 0.25 GB, and what one
-# block needs. Not run yet: neither weights nor such a GPU were to be had where this was written.
+# Falcon-7B with LoRA behind a frozen CLIP ViT-B/16, for one 80 GB GPU. Not run on real weights yet.
+#   python prepare_flickr.py --image_size 224 --tokenizer tiiuae/falcon-7b \
+#       --out_dir data/flickr30k-falcon
+# The image is a soft prompt of 32 vectors. Memory, by arithmetic: 6.92B frozen parameters in
+# bfloat16 take 13.8 GB, shared by student and teacher. LoRA of rank 16 adds 33M parameters; with
+# gradients, two moments and the teacher's copy they take 0.7 GB in float32. Only the inputs of the
+# 32 blocks are kept: 32 x 8 images x (5 captions of 15 tokens + 32) x 4,544 x 2 bytes = 0.25 GB,
+# plus the activations of one block.
 data_dir = "data/flickr30k-falcon"
 out_dir = "out/falcon_lora"
 encoder = "openai/clip-vit-base-patch16"

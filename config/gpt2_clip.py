@@ -1,6 +1,7 @@
-# CLIP's ViT-B/16, at a tenth of the learning rate, and GPT-2; otherwise as config/gpt2_vit.py.
-#   python prepare_flickr.py --image_size 224 --tokenizer gpt2 --keep_used --out_dir data/flickr30k-gpt2
-# Not run on the real weights yet (they could not be downloaded where this was written): no cost or result to state.
+# CLIP's ViT-B/16 and GPT-2, like config/gpt2_vit.py, but the encoder is trained as well, at a tenth
+# of the learning rate. Not run on real weights yet.
+#   python prepare_flickr.py --image_size 224 --tokenizer gpt2 --keep_used \
+#       --out_dir data/flickr30k-gpt2
 data_dir = "data/flickr30k-gpt2"
 out_dir = "out/gpt2_clip"
 encoder = "openai/clip-vit-base-patch16"

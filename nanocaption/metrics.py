@@ -1,0 +1,322 @@
+"""
+Caption metrics without Java: CIDEr-D, BLEU-1..4 and ROUGE-L, equal to pycocoevalcap's.
+
+    references = cider_references([[tokenize(text) for text in texts] for texts in references])
+    score, scores = cider([tokenize(text) for text in captions], references)
+"""
+import math
+import re
+from collections import Counter
+
+import numpy as np
+
+# -----------------------------------------------------------------------------
+# words
+
+# Abbreviations keep their period: always, only if capitalized, only before a number.
+ABBREVIATIONS = """jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms messrs
+    mme mlle dr drs prof profs sr jr st ste ave blvd rd mt ft ct sq bldg vs etc inc ltd co cos corp bros dept
+    est gov govs gen col sgt capt lt lieut cmdr maj pvt pfc cpl spc brig supt insp rep reps sen sens rev hon
+    pres esq atty attys adm asst assn assoc univ natl intl ext tel elec mfg plc pty pte bhd cie ph.d al ala ariz
+    calif colo conn dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo rt
+    alex wm jos cf ph"""
+CAPITAL = "Miss Ark Del Ill La Mass Ore Pa Tex Wash"
+NUMBERED = "no nos pp fig figs op art ca"
+
+A = "['’]"        # an apostrophe
+L = r"[^\W\d_]"   # a letter
+W = r"[^\W_]"     # a letter or digit
+THING = rf"(?:(?:[dlo]{A}{L}|\d+(?:[.,:]\d+)+(?=-{L})){W}*|{W}+)"
+END = rf"(?!{W}|-{W}|{A}{L})"
+
+
+def any_of(words):
+    """A regular expression for any of these words."""
+    return "|".join(re.escape(word) for word in words.split())
+
+
+# the first alternative that matches wins, so the order matters
+TOKEN = re.compile(rf"""
+    https?://[^\s"<>|(){{}}]*[^\s"<>|(){{}}.,;:?!'-]                             # addresses
+  | \w[\w.+-]*@[\w-]+(?:\.[\w-]+)* | [@#]{L}+
+  | (?:{W}[\w-]*\.)+(?:com|net|org|edu)\b(?:/[^\s"<>|(){{}}]*[\w/])?
+  | </?[a-z][^<>\s]*>                                                            # tags
+  | [<>]?[:;=][-o*']?[()dpo](?!{W})                                              # smileys
+  | (?:{L}\.)+(?!{L})(?:-{THING})*                                               # U.S. p.m. J.
+  | (?:{any_of(ABBREVIATIONS)}|(?-i:{any_of(CAPITAL)}))\.(?!{L}) | (?:{any_of(NUMBERED)})\.(?=\s?\d|[,;])
+  | can(?=not{END}) | (?:gon|wan)(?=na{END}) | got(?=ta{END}) | (?:gim|lem)(?=me{END})   # can not, gon na
+  | {A}t(?=(?:is|was)(?!{W})) | {A}n{A} | {A}(?:s|m|d|ll|re|ve|em|till?|cause|n(?!\.)|\d0s|\d\d(?=[\s.,;!?]|$))(?!{W})
+  | ma{A}am | c{A}mon | cap{A}n | ol{A}(?!{W}) | [eo]{A}er | ne{A}er | li{A}l | [jy]{A}(?={L})
+  | {W}+(?:-{W}+)*?(?=n{A}t) | n{A}t{L}*                                         # is n't
+  | (?-i:[A-Z]+(?:[&+][A-Z]+)+) | c\+\+ | [cf]\#                                 # AT&T
+  | (?:us|[ac])\$ | [-+]?\d*+(?:[.,:]\d++)++(?!-{L})                             # US$, 1,000.50
+  | {L}{W}*(?:[.!?]{L}{W}*)+(?:-{THING})*                                        # a missing space: ran.the
+  | {THING}(?:[-_]{THING})*(?:/{W}+(?:[-_]{THING})*){{,2}}                       # t-shirt, black/white, 1/2
+  | [-+]\d+ | \.\.+ | --+ | [!?]{{2,}} | \*+ | _+ | \#+ | `` | '' | \S
+    """, re.VERBOSE | re.IGNORECASE)
+REWRITE = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "“": '"', "”": '"', "‘": "`",
+           "–": "--", "—": "--", "‒": "--", "…": "...", "¢": " cents ", "£": "#", "€": "$", "\u00ad": "",
+           "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
+REWRITE_PATTERN = re.compile("|".join(REWRITE))
+BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
+PUNCTUATION = {"'", "''", '"', "’", "`", "``", ".", "..", "?", "!", ",", ":", ";", "-"}  # and runs of . and -
+
+
+def tokenize(text):
+    """
+    A text -> its words, lowercase and without punctuation, as pycocoevalcap 1.2's PTBTokenizer
+    splits it (Stanford's, with -lowerCase): "isn't" is "is", "n't". Brackets remain, as "-lrb-":
+    pycocoevalcap means to drop them but looks for "-LRB-". The rules were found by comparing
+    outputs; rare ones (telephone numbers, ftp://) are missing.
+    """
+    text = REWRITE_PATTERN.sub(rewrite, text)
+    words = []
+    for word in TOKEN.findall(text):
+        word = word.lower()
+        if word in PUNCTUATION or word.startswith(("--", "...")):
+            continue
+        # emoji
+        if word > "\U00010000":
+            continue
+        if word.startswith(("’", "n’t")):
+            word = word.replace("’", "'")
+        words.append(word if word.isalnum() else word.translate(BRACKETS))
+    return words
+
+
+def rewrite(match):
+    """What Stanford's tokenizer writes for a symbol."""
+    return REWRITE[match[0]]
+
+
+# -----------------------------------------------------------------------------
+# metrics: lists of words in; the score of all captions and a list with each caption's out
+
+
+def ngrams(words):
+    """Counts of all n-grams of 1 to 4 words: a Counter over tuples of str."""
+    counts = Counter()
+    for n in range(1, 5):
+        for i in range(len(words) - n + 1):
+            counts[tuple(words[i:i + n])] += 1
+    return counts
+
+
+def document_frequencies(references):
+    """
+    references: for each image a list of captions, each a list of words. Returns a Counter, in how
+    many images' captions each n-gram occurs, and the number of images: cider_references takes them,
+    so that another data set, say train, can tell which n-grams are rare.
+    """
+    counts = Counter()
+    for captions in references:
+        found = set()
+        for words in captions:
+            found.update(ngrams(words))
+        counts.update(found)
+    return counts, len(references)
+
+
+def tf_idf(words, frequencies):
+    """A caption's {n-gram: weight}, the norm of its weights for each n, and its count of bigrams."""
+    documents, n_documents = frequencies
+    weights = {}
+    squares = [0.0] * 4
+    for ngram, count in ngrams(words).items():
+        idf = math.log(n_documents) - math.log(max(documents.get(ngram, 0), 1))
+        weight = count * idf
+        weights[ngram] = weight
+        squares[len(ngram) - 1] += weight * weight
+    return weights, [math.sqrt(s) for s in squares], max(len(words) - 1, 0)
+
+
+def cider_references(references, frequencies=None):
+    """
+    Prepares references, for each image one or more lists of words, for cider. frequencies: from
+    document_frequencies; None counts in these references. Raises ValueError if an image has none.
+    """
+    if not references or not all(references):
+        raise ValueError("every image needs a reference caption")
+    if frequencies is None:
+        frequencies = document_frequencies(references)
+    prepared = []
+    for captions in references:
+        prepared.append([tf_idf(words, frequencies) for words in captions])
+    return frequencies, prepared
+
+
+def cider(captions, references):
+    """
+    CIDEr-D (arXiv 1411.5726; n-grams up to 4, sigma 6), at most 10. captions: a list of words for
+    each image; references: from cider_references. Raises ValueError if their numbers differ.
+    """
+    frequencies, references = references
+    scores = []
+    for words, image_references in zip(captions, references, strict=True):
+        caption = tf_idf(words, frequencies)
+        total = sum(similarity(caption, reference) for reference in image_references)
+        scores.append(10 * total / 4 / len(image_references))
+    return sum(scores) / len(scores), scores
+
+
+def similarity(caption, reference):
+    """CIDEr-D's similarity of two captions from tf_idf: cosines, less a penalty for length."""
+    weights, norms, length = caption
+    reference_weights, reference_norms, reference_length = reference
+    products = [0.0] * 4
+    for ngram, weight in weights.items():
+        if ngram in reference_weights:
+            other = reference_weights[ngram]
+            products[len(ngram) - 1] += min(weight, other) * other
+    total = 0.0
+    for product, a, b in zip(products, norms, reference_norms):
+        if a * b:
+            total += product / (a * b)
+    return total * math.exp(-(length - reference_length) ** 2 / (2 * 6 ** 2))
+
+
+def bleu(captions, references):
+    """
+    BLEU-1 to BLEU-4 (Papineni et al. 2002, ACL P02-1040) with the closest reference's length, as
+    pycocoevalcap computes them. captions: a list of words for each image; references: for each a
+    list of lists of words. Returns the corpus's four scores, and four lists with each caption's.
+    Raises ValueError if their numbers differ.
+    """
+    counts = []
+    for words, image_references in zip(captions, references, strict=True):
+        counts.append(bleu_counts(words, image_references))
+    total = [sum(column) for column in zip(*counts)]
+    each = [bleu_score(count) for count in counts]
+    return bleu_score(total), [list(scores) for scores in zip(*each)]
+
+
+def bleu_counts(words, references):
+    """Length, closest reference length, 4 counts of matched n-grams, 4 counts of all n-grams."""
+    distance = [(abs(len(reference) - len(words)), len(reference)) for reference in references]
+    _, closest = min(distance)
+    most = Counter()
+    for reference in references:
+        most |= ngrams(reference)
+    matched = [0] * 4
+    for ngram, count in ngrams(words).items():
+        matched[len(ngram) - 1] += min(count, most[ngram])
+    possible = [max(len(words) - n, 0) for n in range(4)]
+    return [len(words), closest, *matched, *possible]
+
+
+def bleu_score(counts):
+    """BLEU-1 to BLEU-4 from bleu_counts, of one caption or summed over a corpus."""
+    length, reference_length = counts[:2]
+    ratio = (length + 1e-15) / (reference_length + 1e-9)
+    brevity = math.exp(min(0, 1 - 1 / ratio))
+    scores = []
+    product = 1.0
+    for n in range(4):
+        product *= (counts[2 + n] + 1e-15) / (counts[6 + n] + 1e-9)
+        scores.append(product ** (1 / (n + 1)) * brevity)
+    return scores
+
+
+def rouge_l(captions, references):
+    """
+    ROUGE-L (Lin 2004, ACL W04-1013; beta 1.2, best precision and best recall over the references).
+    captions: a list of words for each image; references: for each a list of lists of words. Raises
+    ValueError if their numbers differ.
+    """
+    scores = []
+    for words, image_references in zip(captions, references, strict=True):
+        # pycocoevalcap takes no words for one empty word
+        words = words or [""]
+        precision = 0.0
+        recall = 0.0
+        for reference in image_references:
+            reference = reference or [""]
+            common = common_length(words, reference)
+            precision = max(precision, common / len(words))
+            recall = max(recall, common / len(reference))
+        score = 0.0
+        if recall:
+            score = (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
+        scores.append(score)
+    return sum(scores) / len(scores), scores
+
+
+def common_length(a, b):
+    """The length of the longest common subsequence of two lists."""
+    row = [0] * (len(b) + 1)
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            diagonal = above
+    return row[-1]
+
+
+def score_all(words, references, prepared=None):
+    """
+    All scores of captions, a dict. words, references: as for bleu; prepared: from cider_references,
+    None to prepare references here.
+    """
+    if prepared is None:
+        prepared = cider_references(references)
+    scores = {"cider": cider(words, prepared)[0]}
+    for n, score in enumerate(bleu(words, references)[0], 1):
+        scores[f"bleu{n}"] = score
+    scores["rouge_l"] = rouge_l(words, references)[0]
+    scores["distinct"] = len(set(map(tuple, words))) / len(words)
+    scores["mean_words"] = sum(map(len, words)) / len(words)
+    return scores
+
+
+def baselines(references, prepared, seed=0):
+    """
+    What scores mean: those of humans (each reference against the image's others), of another
+    image's caption, and of one caption for all images (the best by CIDEr of 50 references). Returns
+    {"human", "chance", "constant"}: score_all's dicts, None for lack of references.
+    """
+    rng = np.random.default_rng(seed)
+    return {
+        "human": human_scores(references),
+        "chance": chance_scores(references, prepared, rng),
+        "constant": constant_scores(references, prepared, rng),
+    }
+
+
+def human_scores(references):
+    """Scores of each image's i-th reference against its others, averaged over i."""
+    rounds = []
+    for i in range(max(map(len, references))):
+        several = [captions for captions in references if i < len(captions) > 1]
+        if several:
+            words = [captions[i] for captions in several]
+            others = [captions[:i] + captions[i + 1:] for captions in several]
+            rounds.append(score_all(words, others))
+    if not rounds:
+        return None
+    return {key: sum(scores[key] for scores in rounds) / len(rounds) for key in rounds[0]}
+
+
+def chance_scores(references, prepared, rng):
+    """Scores of a random reference of another image: of its neighbor in a random cycle."""
+    n = len(references)
+    if n < 2:
+        return None
+    order = rng.permutation(n)
+    words = [None] * n
+    for image, other in zip(order, np.roll(order, 1)):
+        words[image] = references[other][rng.integers(len(references[other]))]
+    return score_all(words, references, prepared)
+
+
+def constant_scores(references, prepared, rng):
+    """Scores of one caption for all images."""
+    captions = [words for image_references in references for words in image_references]
+    chosen = rng.choice(len(captions), min(50, len(captions)), replace=False)
+    best_score = -1.0
+    for i in chosen:
+        score, _ = cider([captions[i]] * len(references), prepared)
+        if score > best_score:
+            best_score = score
+            best = captions[i]
+    return score_all([best] * len(references), references, prepared)

@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM during training: finish the step, save, exit."""
+import contextlib
+import glob
+import os
+import signal
+import sys
+
+
+class StopSignal:
+    """
+    After SIGINT or SIGTERM, `number` is the signal's (0 before). The caller checks it once a step.
+
+    A second signal exits at once, without saving, and removes half-written files of this process
+    from out_dir. quiet: do not print what the signal does.
+    """
+
+    def __init__(self, out_dir, quiet=False):
+        self.out_dir = out_dir
+        self.quiet = quiet
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        """The signal handler. It prints with os.write, for print is not reentrant."""
+        if self.number:
+            # no exception: torch.save would abort the process
+            for path in glob.glob(f"{glob.escape(str(self.out_dir))}/*.tmp{os.getpid()}"):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            self.write(f"{os.path.basename(sys.argv[0])}: interrupted\n")
+            os._exit(128 + number)
+        self.number = number
+        if not self.quiet:
+            self.write("stopping after this step; press Ctrl-C again to quit without saving\n")
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())

@@ -1,0 +1,104 @@
+"""The log of a run: lines for people on stdout, the numbers behind them in out_dir/log.jsonl."""
+import json
+import math
+import re
+from pathlib import Path
+
+from nanocaption.cli import atomic_write, lock_folder
+
+MAX_SKIPPED = 10  # steps in a row without a finite gradient
+
+
+def open_out_dir(options, state, lock, resume):
+    """Creates and locks out_dir; drops what the run that starts or resumes there replaces."""
+    out_dir = Path(options.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = lock or lock_folder(out_dir)
+    if options.force and not resume:
+        (out_dir / "last.pt").unlink(missing_ok=True)
+        (out_dir / "best.pt").unlink(missing_ok=True)
+    cut_log(out_dir / "log.jsonl", state.step)
+    (out_dir / "log.jsonl").touch()
+    return lock
+
+
+def describe(options, state, model, train, device, world, reason):
+    """The first line of a run, and a second one if it is finished already."""
+    n = sum(p.numel() for p in model.parameters()) / 1e6
+    n_encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
+    where = f"{device.type} x {world}" if world > 1 else device.type
+    n_tokens = options.batch_size * train.n_tokens.mean()
+    text = (f"{n:.2f}M parameters ({n_encoder:.2f}M in the encoder) | {where}, {options.dtype} "
+            f"({reason}) | {len(train)} training images, {options.batch_size} a step "
+            f"(about {n_tokens:.0f} tokens)")
+    if train.n_cut:
+        text += f" | {train.n_cut} captions cut to {model.max_tokens} tokens"
+    if state.progress(options) >= 1:
+        text += (f"\nalready at step {state.step} and {state.seconds / 60:.1f} minutes; raise "
+                 "max_iters or max_minutes to continue")
+    return text
+
+
+def log(out_dir, step, text, **record):
+    """Prints a text and appends the numbers behind it to the log."""
+    print(text, flush=True)
+    with open(Path(out_dir, "log.jsonl"), "a") as file:
+        file.write(json.dumps(dict(iter=step, **record)) + "\n")
+
+
+def cut_log(path, step):
+    """Drops half-written lines and those after this step, for these steps are run again."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for line in lines:
+        found = re.match(rb'{"iter": (\d+), .*}\n$', line)
+        if found and int(found[1]) <= step:
+            kept.append(line)
+    if kept != lines:
+        with atomic_write(path) as file:
+            file.write(b"".join(kept))
+
+
+def log_step(options, state, n_train, lr, grad_norm):
+    """One line for the training steps since the last such line; resets state.sums."""
+    ce, n_tokens, n_images, n_captions, seconds = state.sums
+    state.sums = [0.0] * 5
+    loss = ce / n_tokens if n_tokens else None
+    lr *= options.learning_rate
+    record = dict(
+        epoch=state.images / n_train,
+        seconds=state.seconds,
+        loss=loss,
+        lr=lr,
+        grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+        images_per_s=n_images / seconds,
+        captions_per_s=n_captions / seconds,
+    )
+    progress = state.progress(options)
+    left = round(state.seconds * (1 - progress) / progress)
+    what = "-reward" if options.samples else "loss"
+    number = "nan" if loss is None else f"{loss:.4f}"
+    text = (f"step {state.step} | epoch {record['epoch']:.2f} | {what} {number} | lr {lr:.2e} | "
+            f"{record['images_per_s']:.1f} images/s | {left // 60}:{left % 60:02d} left")
+    log(options.out_dir, state.step, text, **record)
+
+
+def log_evaluation(out_dir, step, results, texts, references):
+    """Student and teacher in two aligned lines, and three captions beside a reference."""
+    lines = []
+    for name, scores in results.items():
+        numbers = " | ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        lines.append(f"  {name} | {numbers}")
+    for text, captions in zip(texts[:3], references):
+        lines.append(f"    {text}    (reference: {captions[0]})")
+    log(out_dir, step, "\n".join(lines), eval=results)
+
+
+def report_skipped(options, state, lr):
+    """Logs a step without a finite gradient. Raises ArithmeticError after too many in a row."""
+    if state.skipped >= MAX_SKIPPED:
+        raise ArithmeticError(f"step {state.step}: no finite gradient for {state.skipped} steps; "
+                              f"lower the learning rate (now {lr * options.learning_rate:.2e}); "
+                              "the last checkpoint is fine")
+    text = f"step {state.step} skipped: its gradient is not finite"
+    log(options.out_dir, state.step, text, skipped=state.skipped)

@@ -1,0 +1,118 @@
+"""
+Fixed views of images under a frozen encoder: it looks at each view once, not once an epoch.
+
+View 0 is the image itself. With flip, view 1 is its mirror image (the image itself, if a caption
+says left or right). Every other view is a random crop with jitter, drawn from (seed, image, view).
+An epoch uses one view of each image, drawn from (seed, epoch, image).
+"""
+import numpy as np
+import torch
+
+from nanocaption.augment import augment
+from nanocaption.cli import UserError
+from nanocaption.features import Features, compute_features, feature_key, weights_hash
+
+BATCH = 4  # images at a time: convolutions are fastest while their activations fit the cache
+
+
+def check_views(options):
+    """Raises UserError for augmentation that the fixed views cannot hold."""
+    augmented = options.crop < 1 or options.flip or options.jitter > 0
+    if options.freeze_encoder and augmented and options.views == 1:
+        raise UserError("with freeze_encoder the encoder sees a few fixed views of each image; set "
+                        "--views to at least 2 for flip, crop or jitter")
+    random_views = options.views > 1 + options.flip
+    if options.freeze_encoder and random_views and options.crop == 1 and options.jitter == 0:
+        raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them there "
+                        f"are only {1 + options.flip} different views")
+
+
+def pick_views(index, epochs, options):
+    """The view of each image in an epoch, int (B,)."""
+    views = []
+    for i, epoch in zip(index, epochs):
+        rng = np.random.default_rng((options.seed, int(epoch), int(i)))
+        views.append(rng.integers(options.views))
+    return np.array(views)
+
+
+def make_view(images, index, view, may_flip, options):
+    """One view of uint8 images (B, S, S, 3); may_flip: bool (B,)."""
+    if view == 0:
+        return images
+    if view == 1 and options.flip:
+        flip = torch.from_numpy(may_flip).to(images.device)[:, None, None, None]
+        return torch.where(flip, images.flip(2), images)
+    seeds = [(options.seed, int(i), view) for i in index]
+    return augment(images, seeds, may_flip, options)
+
+
+class FrozenViews:
+    """
+    The frozen encoder's features of one split's views, float16 (n, c) for each image and view.
+
+    They are computed when they are read, until fill stores all of them in data_dir/features-KEY/.
+    may_flip: bool (N,).
+    """
+
+    def __init__(self, model, split, may_flip, options, n_view):
+        self.model = model
+        self.split = split
+        self.may_flip = may_flip
+        self.options = options
+        self.n_view = n_view
+        self.features = None
+
+    @torch.no_grad()
+    def compute(self, index, view):
+        """float16 (len(index), n, c)"""
+        training = self.model.training
+        self.model.eval()
+        device = self.model.mean.device
+        parts = []
+        for start in range(0, len(index), BATCH):
+            part = np.asarray(index[start:start + BATCH])
+            images = torch.from_numpy(self.split.read_images(part)).to(device)
+            images = make_view(images, part, view, self.may_flip[part], self.options)
+            with torch.autocast(device.type, enabled=False):
+                features = self.model.encoder.features(self.model.normalize(images))
+            parts.append(features.half().cpu())
+        self.model.train(training)
+        return torch.cat(parts).numpy()
+
+    def read(self, index, views):
+        """The features of images in these views, int (B,) each -> float16 (B, n, c), on the CPU."""
+        if self.features:
+            return torch.from_numpy(self.features.read(index, views))
+        rows = [self.compute([i], view)[0] for i, view in zip(index, views)]
+        return torch.from_numpy(np.stack(rows))
+
+    def fill(self, data, rank, world):
+        """Computes what data_dir/features-KEY/ lacks of this split, then reads from there."""
+        options = self.options
+        facts = dict(
+            data=data.fingerprint,
+            weights=weights_hash(self.model.encoder),
+            normalization=[self.model.mean.tolist(), self.model.std.tolist()],
+            image_size=options.image_size,
+            views=self.n_view,
+        )
+        if self.n_view > 1:
+            facts |= dict(seed=options.seed, crop=options.crop, flip=options.flip,
+                          jitter=options.jitter)
+        folder = f"{data.data_dir}/features-{feature_key(facts)}"
+        shape = (len(self.split), self.n_view, *self.compute([0], 0).shape[1:])
+        features = Features(folder, self.split.name, shape)
+        what = f"{shape[0]:,} {self.split.name} images x {self.n_view} views"
+        compute_features(features, self.compute_all, what, rank, world)
+        self.features = features
+
+    def compute_all(self, index):
+        """float16 (len(index), V, n, c)"""
+        return np.stack([self.compute(index, view) for view in range(self.n_view)], axis=1)
+
+
+def fill_views(train_views, val_views, data, rank, world):
+    """Computes and stores the features of both splits, see FrozenViews.fill."""
+    train_views.fill(data, rank, world)
+    val_views.fill(data, rank, world)

@@ -1,0 +1,20 @@
+"""Fixtures that several test files use."""
+import pytest
+
+from helpers import start, tiny_dataset
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A prepared folder, see tiny_dataset."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    tiny_dataset(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory):
+    """The out_dir of a short training on data."""
+    out = tmp_path_factory.mktemp("out") / "run"
+    start(data, out)
+    return out

@@ -1,0 +1,189 @@
+"""Tests of nanocaption/captions.py: all formats, malformed lines, unusable files."""
+import json
+from pathlib import Path
+
+import pytest
+
+from nanocaption.captions import match_names, read_captions
+from nanocaption.cli import UserError
+
+FORMATS = Path(__file__).parent / "data" / "formats"
+
+# captions that break careless readers: quotes, commas, bars, the end-of-text marker, accents,
+# hashes, white space
+CAPTIONS = {
+    "1.jpg": [
+        "A dog , a cat and a bird .",
+        'A sign that says " active . "',
+        '"',
+        "A man | a plan | a canal",
+    ],
+    "2_x.jpg": [
+        "<|endoftext|> is not the end",
+        "Crème brûlée naïve – 犬 🐕",
+        "two\u2028lines, one caption",
+        "A 5\" board",
+    ],
+    "3.jpg": ["it's #1 : a {brace} [bracket]", "  spaces   inside  ", "don't , won't", "", "a"],
+}
+SPLIT = {"1.jpg": "train", "2_x.jpg": "restval", "3.jpg": "val"}
+
+
+def quote(field):
+    """A CSV field as RFC 4180 wants it."""
+    if '"' in field or "," in field:
+        return '"' + field.replace('"', '""') + '"'
+    return field
+
+
+def csv_line(*fields):
+    return ",".join(quote(field) for field in fields)
+
+
+def write_formats():
+    """CAPTIONS in every format: {name: text}."""
+    rows = []
+    for name, texts in CAPTIONS.items():
+        for n, text in enumerate(texts):
+            rows.append((name, n, text))
+    token = [f"{name}#{n}\t{text}" for name, n, text in rows]
+    kaggle = ["image,caption"]
+    kaggle += [csv_line(name, text) for name, _, text in rows]
+    bars = ["image_name| comment_number| comment"]
+    bars += [f"{name}| {n}| {text}" for name, n, text in rows]
+    commas = ["image_name,comment_number,comment"]
+    commas += [csv_line(name, str(n), text) for name, n, text in rows]
+
+    nlphuji = ["raw,sentids,split,filename,img_id"]
+    karpathy = []
+    coco_images = []
+    hancai = {}
+    lines = []
+    records = []
+    for n, (name, texts) in enumerate(CAPTIONS.items()):
+        nlphuji.append(csv_line(json.dumps(texts), "[0, 1]", SPLIT[name], name, "0"))
+        sentences = [{"raw": text, "tokens": []} for text in texts]
+        karpathy.append({"filename": name, "filepath": "deep", "split": SPLIT[name],
+                         "sentences": sentences})
+        coco_images.append({"id": 100 + n, "file_name": name})
+        hancai[name] = [*texts, f"flickr30k-images/{name}"]
+        record = {"image": name.removesuffix(".jpg"), "captions": texts}
+        lines.append(json.dumps(record, ensure_ascii=False))
+        records.append({"image": f"./{name}", "captions": texts})
+    karpathy.append({"filename": "none.jpg", "split": "test", "sentences": []})
+    ids = {image["file_name"]: image["id"] for image in coco_images}
+    notes = [{"id": 7, "image_id": ids[name], "caption": text} for name, _, text in rows]
+    return {
+        "token": "\n".join(token) + "\n",
+        "token with CRLF and a BOM": "\ufeff" + "\r\n".join(token) + "\r\n",
+        "Kaggle captions.txt": "\n".join(kaggle),
+        "Kaggle results.csv": "\n".join(bars),
+        "Kaggle with commas": "\r\n".join(commas),
+        "nlphuji": "\n".join(nlphuji),
+        "Karpathy": json.dumps({"dataset": "x", "images": karpathy}),
+        "COCO": json.dumps({"info": {}, "images": coco_images, "annotations": notes}, indent=1),
+        "HanCai98": json.dumps(hancai),
+        "JSON lines": "\n".join(lines),
+        "JSON list": json.dumps(records),
+    }
+
+
+@pytest.mark.parametrize("name", ["nlphuji", "Karpathy"])
+def test_splits_in_the_file(tmp_path, name):
+    (tmp_path / "file").write_text(write_formats()[name])
+    splits = {}
+    for image, _, split in read_captions(tmp_path / "file"):
+        splits[Path(image).name] = split
+    assert splits == {"1.jpg": "train", "2_x.jpg": "train", "3.jpg": "val"}
+
+
+@pytest.mark.parametrize("file, count, last", [
+    # with the original's 2258277193_586949ec62.jpg.1
+    ("flickr8k.token.txt", 15, (
+        "2258277193_586949ec62.jpg.1", "two woman and one man standing near train tracks .", None)),
+    ("flickr8k_crlf.token.txt", 3, (
+        "1000268201_693b08cb0e.jpg", "A little girl climbing into a wooden playhouse .", None)),
+    ("kaggle_flickr8k.csv", 8, (
+        "1401961581_76921a75c5.jpg", "A girl sits in a harness ready to lift up into the air and "
+        'behind her is a sign that says " active . "', None)),
+    # its last line lacks a bar
+    ("kaggle_flickr30k.csv", 6, ("2199200615.jpg", "A dog runs across the grass .", None)),
+    ("flickr30k.token", 5, ("1000092795.jpg", "Two friends enjoy time spent together .", None)),
+    ("nlphuji_flickr30k.csv", 5, (
+        "1000092795.jpg", "Two friends enjoy time spent together.", "train")),
+    ("karpathy_flickr8k.json", 10, (
+        "2699342860_5288e203ea.jpg",
+        "The little boy in the red shirt stops to smile for the camera .", "train")),
+    ("karpathy_ucm.json", 15, ("3.tif", "Here is a piece of farmland .", "train")),
+    ("hancai_flickr30k.json", 10, (
+        "7162685234.jpg", "Two little boys play with sand on the beach .", None)),
+])
+def test_genuine_files(file, count, last):
+    captions = read_captions(FORMATS / file)
+    assert len(captions) == count
+    name, text, split = captions[-1]
+    assert (name, " ".join(text.split()), split) == last
+    for name, text, _ in captions:
+        assert name.endswith((".jpg", ".tif", ".jpg.1"))
+        assert text and not text.endswith(".jpg")
+
+
+@pytest.mark.parametrize("name, text, n_skipped, where", [
+    ("a.token", "1.jpg#0\tA dog\nno tab here\n\n1.jpg#1\tA cat\n", 1, "line 2"),
+    ("b.csv",
+     'image,caption\n1.jpg,A dog\n1.jpg,one, too many\n1.jpg,"never closed\n1.jpg,"A, cat"\n',
+     2, "line 3"),
+    ("c.csv",
+     "image_name| comment_number| comment\n1.jpg| 0| A dog\njust text\n1.jpg| 1| A, cat\n",
+     1, "line 3"),
+    ("d.jsonl",
+     '{"image": "1.jpg", "captions": ["A dog"]}\n{"image": "1.jpg", "capt\n{"image": "2.jpg"}\n'
+     '{"image": "2.jpg", "captions": [3]}\n{"image": "1.jpg", "captions": ["A cat"]}\n[]\n',
+     4, "record 2"),
+])
+def test_malformed_lines_are_listed(tmp_path, name, text, n_skipped, where):
+    path = tmp_path / name
+    path.write_text(text)
+    skipped = []
+    names, texts, _ = zip(*read_captions(path, skipped))
+    assert names == ("1.jpg", "1.jpg")
+    assert [text.strip().replace(",", "") for text in texts] == ["A dog", "A cat"]
+    assert len(skipped) == n_skipped, skipped
+    assert skipped[0].startswith(f"{path}, {where}: ")
+    with pytest.raises(UserError, match=where):
+        read_captions(path)
+
+
+def test_a_quoted_caption_may_contain_line_ends(tmp_path):
+    (tmp_path / "c.csv").write_text('image,caption\n1.jpg,"two\nlines"\n2.jpg,one\n')
+    expected = [("1.jpg", "two\nlines", None), ("2.jpg", "one", None)]
+    assert read_captions(tmp_path / "c.csv") == expected
+
+
+@pytest.mark.parametrize("data, message", [
+    (b"", "empty"),
+    ("1.jpg#0\tcaf\xe9\n".encode("latin-1"), "line 1: not UTF-8"),
+    (b"what is this\n", "unknown format"),
+    (b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "x"}]}',
+     "unknown JSON layout"),
+    (b'[{"image_id": 1, "caption": "x"}]', "COCO results"),
+    (b'{"images": [', "neither JSON nor"),
+    (b'{"image": "1.jpg", "captions": ["x"], "split": "trian"}',
+     "split is 'trian', expected train"),
+    (b'{"image": "1.jpg", "captions": ["\\ud83d"]}\n{"image": "1.jpg"}',
+     "record 2: not an image name with captions"),
+])
+def test_unusable_caption_files(tmp_path, data, message):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        read_captions(tmp_path / "file")
+
+
+def test_names_match_paths_with_or_without_folder_and_extension():
+    paths = ["a/1.jpg", "b/1.jpg", "a/2.png", "3.jpg"]
+    names = ["a/1", "b/1.jpg", "2.jpg", "elsewhere/3", "4"]
+    assert match_names(names, paths) == {
+        "a/1": "a/1.jpg", "b/1.jpg": "b/1.jpg", "2.jpg": "a/2.png", "elsewhere/3": "3.jpg",
+    }
+    with pytest.raises(UserError, match="1 may be a/1.jpg or b/1.jpg"):
+        match_names(["1"], paths)
