@@ -412,7 +412,7 @@ class Captioner(nn.Module):
         return (x - mean) / std
 
     def encode(self, images):
-        """Images (B, S, S, 3), see normalize, or a frozen encoder's features (B, N, c) -> (B, N, C)"""
+        """Images, see normalize, or a frozen encoder's features (B, N, c) -> (B, N, C)"""
         if images.ndim == 3:
             return self.encoder.head(images.float())
         return self.encoder(self.normalize(images))

@@ -280,8 +280,8 @@ class EfficientNet:
 
 
 def is_efficientnet(source):
-    """Whether --encoder is efficientnet_lite2 or efficientnet_lite2:FILE, or the same of 0 or 1."""
-    return source.partition(":")[0] in efficientnet.IMAGE_SIZES
+    """Whether --encoder is efficientnet_lite2, say, or efficientnet_lite2:FILE."""
+    return source.startswith("efficientnet")
 
 
 # by encoder_family, which is the model_type in config.json
@@ -477,7 +477,9 @@ def part_options(encoder="", decoder=""):
     vocab_size = None
     normalization = None
     if is_efficientnet(encoder):
-        fixed["encoder_family"] = encoder.partition(":")[0]
+        name = encoder.partition(":")[0]
+        find_family(ENCODERS, name)
+        fixed["encoder_family"] = name
         normalization = efficientnet.MEAN, efficientnet.STD
     elif encoder:
         config = read_model_config(encoder)
@@ -625,8 +627,8 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
     If options.encoder or decoder is "", the weights of that part are random. ids: see load_parts.
 
     Pretrained weights are frozen in the encoder with freeze_encoder, and in the decoder, where they
-    are kept in frozen_dtype, with lora_rank. No weight is in memory twice. New cross-attention adds nothing at
-    first, so the decoder starts as the language model it was.
+    are kept in frozen_dtype, with lora_rank. No weight is in memory twice. New cross-attention adds
+    nothing at first, so the decoder starts as the language model it was.
     """
     _, decoder_vocab_size, normalization = part_options(options.encoder, options.decoder)
     if options.decoder:

@@ -100,8 +100,9 @@ class Options(ModelOptions):
             self, log_interval=(1, 1e12), eval_interval=(1, 1e12), eval_images=(2, 1e9),
             max_iters=(0, 1e12), max_minutes=(0, 1e9), batch_size=(1, 1e9), grad_accum=(1, 1e9),
             crop=(0.01, 1), jitter=(0, 1), smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1),
-            samples=(0, 1000), views=(1, 1000), learning_rate=(0, 1e3), muon_lr=(0, 1e3), weight_decay=(0, 1e3),
-            grad_clip=(0, 1e9), warmup_iters=(0, 1e12), lora_rank=(0, 1e6), seed=(0, 2**32 - 1))
+            samples=(0, 1000), unigram=(0, 1e3), views=(1, 1000), learning_rate=(0, 1e3),
+            muon_lr=(0, 1e3), weight_decay=(0, 1e3), grad_clip=(0, 1e9), warmup_iters=(0, 1e12),
+            lora_rank=(0, 1e6), seed=(0, 2**32 - 1))
         if self.samples == 1 or self.samples and (self.alpha or self.smoothing):
             raise ValueError("self-critical training needs samples >= 2, alpha=0 and smoothing=0")
         if not self.max_iters and not self.max_minutes:
@@ -357,9 +358,9 @@ def get_lr(step, progress, options):
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def compile_parts(*models):
-    """torch.compile for everything but the head, which computes its own gradient."""
-    for model in models:
+def compile_parts(options, *models):
+    """torch.compile, if asked for, of all but the head, which computes its own gradient."""
+    for model in models if options.compile else ():
         model.encode = torch.compile(model.encode)
         model.decode = torch.compile(model.decode)
 
@@ -418,8 +419,7 @@ def main():
         state = State(**resume_run(checkpoint, model, teacher, optimizer, options))
     train = TrainSplit(data, model, options)
     val = ValSplit(data, model, options)
-    if options.compile:
-        compile_parts(model, teacher)
+    compile_parts(options, model, teacher)
     ddp_model = DistributedDataParallel(model) if world > 1 else model
 
     # nobody writes before everybody agrees

@@ -10,6 +10,7 @@ data_dir = "data/flickr30k-falcon"
 out_dir = "out/falcon_lora"
 encoder = "openai/clip-vit-base-patch16"
 freeze_encoder = True
+cache_features = False  # they would take 9 GB
 decoder = "tiiuae/falcon-7b"
 lora_rank = 16
 bridge = "prefix"

@@ -6,6 +6,9 @@ data_dir = "data/flickr30k-gpt2"
 out_dir = "out/gpt2_vit"
 encoder = "google/vit-base-patch16-224-in21k"
 freeze_encoder = True
+# eight random views of each image; stored, their features would take 70 GB
+views = 8
+cache_features = False
 decoder = "gpt2"
 image_size = 224
 block_size = 96

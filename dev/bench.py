@@ -26,7 +26,6 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,7 @@ from nanocaption.cli import Parser, UserError, check_ranges, run
 from nanocaption.dataset import Dataset, write_dataset
 from nanocaption.head_loss import head_loss
 from nanocaption.optimizer import make_optimizer
-from nanocaption.precision import DTYPES
+from nanocaption.precision import DTYPES, autocast, cast_weights
 from nanocaption.tokenizer import make_tokenizer, train_bpe
 from pretrained import assemble, part_options
 
@@ -263,7 +262,7 @@ class Ours:
     def __init__(self, options, data, device):
         torch.manual_seed(0)
         self.options = options
-        self.autocast = make_autocast(options.dtype, device)
+        self.autocast = autocast(device, DTYPES[options.dtype])
         self.model = Captioner(options, data.vocab_size, data.mean, data.std).to(device).train()
         self.model.recompute = options.recompute
         self.teacher = train.make_teacher(self.model)
@@ -325,13 +324,6 @@ def no_lap(part):
     """Times nothing."""
 
 
-def make_autocast(dtype, device):
-    """A context manager for products in a dtype, "float32" or "bfloat16"."""
-    if dtype == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[dtype])
-
-
 def part_milliseconds(ours, device, rounds):
     """{part: median milliseconds} of a training step and, again, of its forward pass."""
     results = []
@@ -367,7 +359,7 @@ class Peer:
     def __init__(self, options, vocab_size, device, dtype):
         self.model = make_peer_model(options, vocab_size).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.autocast = make_autocast(dtype, device)
+        self.autocast = autocast(device, DTYPES[dtype])
 
     def step(self, pixels, labels):
         """One optimizer step: pixels (R, 3, S, S), labels (R, T), padded with -100."""
@@ -378,7 +370,7 @@ class Peer:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def generate(self, pixels, beam):
+    def caption_batch(self, pixels, beam):
         """Captions of CAPTION_TOKENS."""
         with self.autocast:
             self.model.generate(pixels, num_beams=beam, do_sample=False,
@@ -498,25 +490,25 @@ def compare(s, seconds):
 
 def bench_decode(options, device, with_peer, rounds):
     """Images per second, for captions of CAPTION_TOKENS."""
-    torch.manual_seed(0)
-    model = Captioner(options, VOCAB_SIZE).to(device).eval()
+    models = {}
     peers = {}
-    if with_peer:
-        for dtype in DTYPES:
-            for name, vocab_size in PEERS.items():
-                peers[name, dtype] = Peer(options, vocab_size, device, dtype)
+    for name, dtype in DTYPES.items():
+        torch.manual_seed(0)
+        models[name] = cast_weights(Captioner(options, VOCAB_SIZE).to(device).eval(), dtype)
+        if with_peer:
+            for peer, vocab_size in PEERS.items():
+                peers[peer, name] = Peer(options, vocab_size, device, name)
     results = {}
     for n in (1, 64):
         images = random_images(n, options.image_size, device)
         pixels = random_pixels(n, options.image_size, device)
         for method, k in METHODS.items():
             functions = {}
-            for dtype in DTYPES:
-                autocast = make_autocast(dtype, device)
-                functions["ours", dtype] = partial(generate, model, images, method, autocast)
+            for dtype, model in models.items():
+                functions["ours", dtype] = partial(caption_batch, model, images, method, dtype)
             if method != "8 samples":
                 for key, peer in peers.items():
-                    functions[key] = partial(peer.generate, pixels, k)
+                    functions[key] = partial(peer.caption_batch, pixels, k)
             seconds = median_seconds(functions, device, rounds)
             rows = {}
             for (name, dtype), s in seconds.items():
@@ -532,10 +524,10 @@ def random_images(n, size, device):
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
 
 
-def generate(model, images, method, autocast):
+def caption_batch(model, images, method, dtype):
     """Captions of CAPTION_TOKENS by a method of METHODS."""
     limits = dict(min_tokens=CAPTION_TOKENS, max_tokens=CAPTION_TOKENS)
-    with autocast:
+    with autocast(images.device, DTYPES[dtype]):
         if method == "8 samples":
             model.sample(images, METHODS[method], **limits)
         else:
@@ -552,11 +544,11 @@ def bench_start(options, data, device, folder, rounds):
     save_best(about_run(replace(options, out_dir=str(folder)), data), model, model)
     image = random_images(1, options.image_size, device)
     sample = [ROOT / "sample.py", "--image", folder / "photo.jpg", "--out_dir", folder,
-              "--device", device, "--max_tokens", CAPTION_TOKENS]
+              "--device", device, "--dtype", "float32", "--max_tokens", CAPTION_TOKENS]
     seconds = median_seconds({
         "sample.py": partial(run_python, *sample),
         "import torch": partial(run_python, "-c", "import torch"),
-        "beam search": partial(generate, model, image, "beam 3", nullcontext()),
+        "beam search": partial(caption_batch, model, image, "beam 3", "float32"),
     }, device, rounds)
     ratio = seconds["sample.py"] / (seconds["import torch"] + seconds["beam search"])
     return dict(seconds=seconds, ratio=ratio)
@@ -581,11 +573,11 @@ def bench_prepare(folder, rounds, n_small=1000, n_large=10000, n_captions=150000
     link_photos(folder, photos, n_large)
     memory = {}
     seconds = median_seconds({
-        "prepare": partial(prepare, folder, n_small, memory),
+        "prepare": partial(run_prepare, folder, n_small, memory),
         "naive": partial(load_naively, photos, n_small),
     }, torch.device("cpu"), rounds)
     start = time.perf_counter()
-    prepare(folder, n_large, memory)
+    run_prepare(folder, n_large, memory)
     rate = n_large / (time.perf_counter() - start)
     naive = n_small / seconds["naive"]
     return {
@@ -620,7 +612,7 @@ def link_photos(folder, photos, n):
     (folder / f"captions{n}.csv").write_text("".join(lines))
 
 
-def prepare(folder, n, memory):
+def run_prepare(folder, n, memory):
     """Runs prepare_flickr.py on the n photos; sets memory[n] to its peak in MB."""
     command = [sys.executable, ROOT / "prepare_flickr.py", "--images", folder / f"images{n}",
                "--captions", folder / f"captions{n}.csv", "--out_dir", folder / f"prepared{n}",

@@ -51,7 +51,7 @@ def main():
             score, _ = metric().compute_score(references, captions)
             print(f"{name} {score:.3f}")
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
-            print(f"{name} not available: its Java program failed ({str(error)[:200]})")
+            print(f"{name} failed ({str(error)[:200]})")
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ class Features:
     def missing(self):
         """The chunks that are not computed yet, or damaged."""
         expected = (self.n_bytes, 4 * self.n_chunk)
-        found = [os.path.getsize(p) if os.path.exists(p) else -1 for p in (self.path, self.crc_path)]
-        if tuple(found) != expected:
+        found = (file_size(self.path), file_size(self.crc_path))
+        if found != expected:
             return list(range(self.n_chunk))
         crcs = np.fromfile(self.crc_path, np.uint32)
         features = self.map("r")
@@ -98,6 +98,11 @@ class Features:
         with open(self.crc_path, "r+b") as file:
             file.seek(4 * c)
             file.write(np.uint32(checksum(values)).tobytes())
+
+
+def file_size(path):
+    """The size of a file in bytes; -1 if there is none."""
+    return os.path.getsize(path) if os.path.exists(path) else -1
 
 
 def checksum(values):

@@ -14,12 +14,14 @@ import numpy as np
 # words
 
 # Abbreviations keep their period: always, only if capitalized, only before a number.
-ABBREVIATIONS = """jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms messrs
-    mme mlle dr drs prof profs sr jr st ste ave blvd rd mt ft ct sq bldg vs etc inc ltd co cos corp bros dept
-    est gov govs gen col sgt capt lt lieut cmdr maj pvt pfc cpl spc brig supt insp rep reps sen sens rev hon
-    pres esq atty attys adm asst assn assoc univ natl intl ext tel elec mfg plc pty pte bhd cie ph.d al ala ariz
-    calif colo conn dak fla ga ind kan kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo rt
-    alex wm jos cf ph"""
+ABBREVIATIONS = """
+    jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms
+    messrs mme mlle dr drs prof profs sr jr st ste ave blvd rd mt ft ct sq bldg vs etc inc ltd
+    co cos corp bros dept est gov govs gen col sgt capt lt lieut cmdr maj pvt pfc cpl spc brig
+    supt insp rep reps sen sens rev hon pres esq atty attys adm asst assn assoc univ natl intl
+    ext tel elec mfg plc pty pte bhd cie ph.d al ala ariz calif colo conn dak fla ga ind kan
+    kans ky md mich minn mo mont neb nev okla penn tenn va vt wis wisc wyo rt alex wm jos cf ph
+"""
 CAPITAL = "Miss Ark Del Ill La Mass Ore Pa Tex Wash"
 NUMBERED = "no nos pp fig figs op art ca"
 
@@ -43,23 +45,32 @@ TOKEN = re.compile(rf"""
   | </?[a-z][^<>\s]*>                                                            # tags
   | [<>]?[:;=][-o*']?[()dpo](?!{W})                                              # smileys
   | (?:{L}\.)+(?!{L})(?:-{THING})*                                               # U.S. p.m. J.
-  | (?:{any_of(ABBREVIATIONS)}|(?-i:{any_of(CAPITAL)}))\.(?!{L}) | (?:{any_of(NUMBERED)})\.(?=\s?\d|[,;])
-  | can(?=not{END}) | (?:gon|wan)(?=na{END}) | got(?=ta{END}) | (?:gim|lem)(?=me{END})   # can not, gon na
-  | {A}t(?=(?:is|was)(?!{W})) | {A}n{A} | {A}(?:s|m|d|ll|re|ve|em|till?|cause|n(?!\.)|\d0s|\d\d(?=[\s.,;!?]|$))(?!{W})
+  | (?:{any_of(ABBREVIATIONS)}|(?-i:{any_of(CAPITAL)}))\.(?!{L})
+  | (?:{any_of(NUMBERED)})\.(?=\s?\d|[,;])
+  | can(?=not{END}) | (?:gon|wan)(?=na{END})                                     # can not, gon na
+  | got(?=ta{END}) | (?:gim|lem)(?=me{END})
+  | {A}t(?=(?:is|was)(?!{W})) | {A}n{A}
+  | {A}(?:s|m|d|ll|re|ve|em|till?|cause|n(?!\.)|\d0s|\d\d(?=[\s.,;!?]|$))(?!{W})
   | ma{A}am | c{A}mon | cap{A}n | ol{A}(?!{W}) | [eo]{A}er | ne{A}er | li{A}l | [jy]{A}(?={L})
   | {W}+(?:-{W}+)*?(?=n{A}t) | n{A}t{L}*                                         # is n't
   | (?-i:[A-Z]+(?:[&+][A-Z]+)+) | c\+\+ | [cf]\#                                 # AT&T
   | (?:us|[ac])\$ | [-+]?\d*+(?:[.,:]\d++)++(?!-{L})                             # US$, 1,000.50
-  | {L}{W}*(?:[.!?]{L}{W}*)+(?:-{THING})*                                        # a missing space: ran.the
-  | {THING}(?:[-_]{THING})*(?:/{W}+(?:[-_]{THING})*){{,2}}                       # t-shirt, black/white, 1/2
+  | {L}{W}*(?:[.!?]{L}{W}*)+(?:-{THING})*                                        # ran.the
+  | {THING}(?:[-_]{THING})*(?:/{W}+(?:[-_]{THING})*){{,2}}                       # t-shirt, 1/2
   | [-+]\d+ | \.\.+ | --+ | [!?]{{2,}} | \*+ | _+ | \#+ | `` | '' | \S
     """, re.VERBOSE | re.IGNORECASE)
-REWRITE = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "“": '"', "”": '"', "‘": "`",
-           "–": "--", "—": "--", "‒": "--", "…": "...", "¢": " cents ", "£": "#", "€": "$", "\u00ad": "",
-           "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 "}
+REWRITE = {
+    "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'",
+    "“": '"', "”": '"', "‘": "`", "–": "--", "—": "--", "‒": "--", "…": "...",
+    "¢": " cents ", "£": "#", "€": "$", "\u00ad": "",
+    "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ",
+}
 REWRITE_PATTERN = re.compile("|".join(REWRITE))
-BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
-PUNCTUATION = {"'", "''", '"', "’", "`", "``", ".", "..", "?", "!", ",", ":", ";", "-"}  # and runs of . and -
+BRACKETS = str.maketrans({
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+})
+# and runs of . and -
+PUNCTUATION = {"'", "''", '"', "’", "`", "``", ".", "..", "?", "!", ",", ":", ";", "-"}
 
 
 def tokenize(text):
@@ -118,7 +129,7 @@ def document_frequencies(references):
 
 
 def tf_idf(words, frequencies):
-    """A caption's {n-gram: weight}, the norm of its weights for each n, and its count of bigrams."""
+    """A caption's {n-gram: weight}, their norm for each n, and the number of its bigrams."""
     documents, n_documents = frequencies
     weights = {}
     squares = [0.0] * 4

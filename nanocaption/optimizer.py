@@ -8,6 +8,7 @@ from nanocaption.precision import DTYPES
 
 BETAS = (0.9, 0.98)  # AdamW's
 MOMENTUM = 0.95  # Muon's
+SAFETY = 1.01
 # Coefficients of Polar Express (arXiv 2505.16932), one row an iteration
 POLAR_EXPRESS = (
     (8.2872, -23.5959, 17.3004),
@@ -106,8 +107,12 @@ def orthogonalize(G, dtype=torch.float32):
     tall = G.size(1) > G.size(2)
     if tall:
         X = X.mT
-    X = X / (1.01 * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    X = X / (SAFETY * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS:
+        # the paper's safety factor: singular values that rounding lifts above 1 must not explode
+        a = a / SAFETY
+        b = b / SAFETY ** 3
+        c = c / SAFETY ** 5
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X

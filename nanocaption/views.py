@@ -12,7 +12,7 @@ from nanocaption.augment import augment
 from nanocaption.cli import UserError
 from nanocaption.features import Features, compute_features, feature_key, weights_hash
 
-BATCH = 4  # images at a time: convolutions are fastest while their activations fit the cache
+CPU_BATCH = 4  # images: convolutions are fastest while their activations fit into the cache
 
 
 def check_views(options):
@@ -69,9 +69,10 @@ class FrozenViews:
         training = self.model.training
         self.model.eval()
         device = self.model.mean.device
+        size = CPU_BATCH if device.type == "cpu" else len(index)
         parts = []
-        for start in range(0, len(index), BATCH):
-            part = np.asarray(index[start:start + BATCH])
+        for start in range(0, len(index), size):
+            part = np.asarray(index[start:start + size])
             images = torch.from_numpy(self.split.read_images(part)).to(device)
             images = make_view(images, part, view, self.may_flip[part], self.options)
             with torch.autocast(device.type, enabled=False):
@@ -84,7 +85,13 @@ class FrozenViews:
         """The features of images in these views, int (B,) each -> float16 (B, n, c), on the CPU."""
         if self.features:
             return torch.from_numpy(self.features.read(index, views))
-        rows = [self.compute([i], view)[0] for i, view in zip(index, views)]
+        index = np.asarray(index)
+        views = np.asarray(views)
+        rows = [None] * len(index)
+        for view in np.unique(views):
+            places = np.flatnonzero(views == view)
+            for place, row in zip(places, self.compute(index[places], int(view))):
+                rows[place] = row
         return torch.from_numpy(np.stack(rows))
 
     def fill(self, data, rank, world):

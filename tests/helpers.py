@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ CONFIG = dict(TINY, batch_size=8, max_iters=8, log_interval=2, eval_interval=4, 
 # macOS cannot fork a process that has used Metal
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 context = multiprocessing.get_context(METHOD)
+# the fork server ignores sys.path, and modules that it cannot find
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE / "tests")])
 context.set_forkserver_preload(["helpers", "preload"])
 
 
@@ -53,6 +56,7 @@ def child(script, arguments, folder, file_limit):
     except KeyboardInterrupt:
         # what Python does, and multiprocessing does not
         sys.excepthook(*sys.exc_info())
+        sys.exit(128 + signal.SIGINT)
 
 
 def launch(folder, script, *arguments, input=b"", file_limit=0):
@@ -136,10 +140,10 @@ def random_images(n, size=16, seed=0):
     return torch.from_numpy(rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8))
 
 
-def tiny_dataset(folder):
+def tiny_dataset(folder, image_size=20):
     """
-    A prepared folder: 20 training images of 20 x 20 and 6 others, with one to five captions each,
-    of words of various lengths.
+    A prepared folder: 20 training images and 6 others, with one to five captions each, of words of
+    various lengths, some of them "left".
     """
     rng = random.Random(0)
     words = "a the dog cat child left red ball runs jumps over under blue grassy field".split()
@@ -151,6 +155,6 @@ def tiny_dataset(folder):
     for split, n in (("train", 20), ("val", 6)):
         names = [f"{split}{i}.jpg" for i in range(n)]
         captions = [[sentence() for _ in range(rng.randint(1, 5))] for _ in range(n)]
-        images = random_images(n, 20, seed=len(split)).numpy()
+        images = random_images(n, image_size, seed=len(split)).numpy()
         splits[split] = names, captions, images
-    write_dataset(folder, splits, image_size=20, vocab_size=280)
+    write_dataset(folder, splits, image_size=image_size, vocab_size=280)

@@ -1,0 +1,140 @@
+"""The rules of the house: who may import whom, line length, docstrings, the size of main."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import HERE
+
+SCRIPTS = ("train", "sample", "evaluate", "prepare_flickr", "serve")
+# each may import what stands before it, and nanocaption
+FLOORS = ("model", "pretrained", "checkpoint")
+FREE = ("dev", "data", "tests")  # may import anything
+
+
+def python_files(folder):
+    """{path relative to folder: source}, of tracked files where there is a git repository."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*.py")]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if listed.returncode == 0 and listed.stdout:
+        paths = [Path(line) for line in listed.stdout.splitlines()]
+    files = {}
+    for path in paths:
+        hidden = any(part.startswith(".") for part in path.parts)
+        if not hidden and (folder / path).exists():
+            files[path] = (folder / path).read_text(encoding="utf-8")
+    return files
+
+
+def imports(source):
+    """The top-level names of all imported modules, nested imports too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def forbidden_imports(path):
+    """What the file at path, relative to the repository, must not import."""
+    if path.parts[0] == "nanocaption":
+        return {*FLOORS, *SCRIPTS}
+    if path.stem in FLOORS:
+        return {*FLOORS[FLOORS.index(path.stem):], *SCRIPTS} - {path.stem}
+    if path.stem in SCRIPTS:
+        return set(SCRIPTS)
+    return set()
+
+
+def wrong_imports(files):
+    found = []
+    for path, source in files.items():
+        if path.parts[0] not in FREE and not path.stem.startswith("test_"):
+            for name in imports(source) & forbidden_imports(path):
+                found.append(f"{path} imports {name}")
+    return found
+
+
+def long_lines(files):
+    found = []
+    for path, source in files.items():
+        for number, line in enumerate(source.splitlines(), 1):
+            if len(line) > 100:
+                found.append(f"{path}:{number} has {len(line)} columns")
+    return found
+
+
+def missing_docstrings(files):
+    found = []
+    for path, source in files.items():
+        if path.parts[0] == "tests" or path.stem.startswith("test_"):
+            continue
+        for node in ast.parse(source).body:
+            public = isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+            if public and ast.get_docstring(node) is None:
+                found.append(f"{path}:{node.lineno} {node.name} has no docstring")
+    return found
+
+
+def long_main(source):
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "main":
+            sizes = {"main": (node, 100)}
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.While):
+                    sizes["its loop"] = (inner, 60)
+            for name, (part, limit) in sizes.items():
+                if part.end_lineno - part.lineno + 1 >= limit:
+                    found.append(f"{name} has {part.end_lineno - part.lineno + 1} lines")
+    return found
+
+
+def loads_torch(folder):
+    """Whether prepare_flickr.py imports torch, by itself or through its parts."""
+    code = "import sys, prepare_flickr; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip() == "True"
+
+
+def test_the_house_is_in_order():
+    files = python_files(HERE)
+    assert {Path("train.py"), Path("nanocaption/cli.py"), Path("dev/bench.py")} <= set(files)
+    assert wrong_imports(files) == []
+    assert long_lines(files) == []
+    assert missing_docstrings(files) == []
+    assert long_main(files[Path("train.py")]) == []
+    assert not loads_torch(HERE)
+
+
+@pytest.mark.parametrize("path, source", [
+    ("train.py", "import sample"),
+    ("evaluate.py", "def f():\n    def g():\n        from train import main"),
+    ("nanocaption/cli.py", "import model"),
+    ("nanocaption/cli.py", "if 1:\n    from checkpoint import load"),
+    ("model.py", "import pretrained"),
+    ("pretrained.py", "import checkpoint"),
+    ("checkpoint.py", "from train import Options"),
+])
+def test_a_wrong_import_is_found(path, source):
+    assert len(wrong_imports({Path(path): source})) == 1
+    assert wrong_imports({Path("dev/x.py"): source, Path("tests/x.py"): source}) == []
+
+
+def test_other_violations_are_found(tmp_path):
+    assert long_lines({Path("x.py"): f"# {'é' * 98}\n# {'x' * 99}"}) == ["x.py:2 has 101 columns"]
+    source = "def f():\n    pass\n\ndef _g():\n    pass\n\ndef h():\n    'Fine.'"
+    assert missing_docstrings({Path("x.py"): source}) == ["x.py:1 f has no docstring"]
+    main = "def main():\n" + "    pass\n" * 40 + "    while 1:\n" + "        pass\n" * 57
+    assert long_main(main) == []
+    assert len(long_main(main + "        pass\n")) == 1
+    assert len(long_main(main + "        pass\n" * 2)) == 2
+    (tmp_path / "prepare_flickr.py").write_text("import part")
+    (tmp_path / "part.py").write_text("import torch")
+    assert loads_torch(tmp_path)

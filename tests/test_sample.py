@@ -1,0 +1,201 @@
+"""Tests of sample.py as a command and from Python, and of fine-tuning on one's own photos."""
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers import HERE, one_line_error, random_images, run, start
+from nanocaption.cli import UserError
+from nanocaption.dataset import Dataset
+from sample import caption, load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def sample(*args, **kw):
+    """Runs sample.py in float32."""
+    return run("sample.py", "--device=cpu", "--dtype=float32", *args, **kw)
+
+
+def json_lines(done):
+    """What sample.py --json printed."""
+    return [json.loads(line) for line in done.stdout.decode().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder with a.png and deep/b c.jpg."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "deep").mkdir()
+    a, b = random_images(2, 50).numpy()
+    Image.fromarray(a).save(folder / "a.png")
+    Image.fromarray(b).save(folder / "deep" / "b c.jpg")
+    return folder
+
+
+def readme_captions():
+    """README's table of photos: {file name: caption}, from rows of images and the rows below."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    # without the lines between header and body
+    rows = re.findall(r"^\|(.*[^-:| \n].*)\|$", text, re.MULTILINE)
+    captions = {}
+    for row, below in zip(rows, rows[1:]):
+        names = re.findall(r'<img src="assets/photos/(.*?)"', row)
+        if names:
+            texts = [cell.strip() for cell in below.split("|")]
+            captions.update(zip(names, texts, strict=True))
+    return captions
+
+
+def test_the_bundled_checkpoint_captions_photos_as_in_readme():
+    expected = readme_captions()
+    assert len(expected) >= 8
+    lines = json_lines(sample("--json", "--image", HERE / "assets" / "photos"))
+    found = {Path(line["image"]).name: line["captions"][0]["text"] for line in lines}
+    assert found == expected
+
+
+def test_sample_captions_images_and_names_unreadable_ones(trained, data, photos, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    sheet = tmp_path / "sheet.png"
+    done = sample("--image", photos, broken, data, "--out_dir", trained, "--json", "--sheet", sheet,
+                  check=False)
+    assert done.returncode == 1
+    assert b"broken.jpg" in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"1 of 9 images could not be captioned" in done.stderr
+    lines = json_lines(done)
+    split = Dataset(data).split("val")
+    references = dict(zip(split.names, split.captions))
+    names = [os.path.basename(line["image"]) for line in lines]
+    assert names == ["a.png", "b c.jpg", *split.names]
+    for line in lines:
+        assert len(line["captions"]) == 1
+        assert line["captions"][0]["logprob"] < 0
+        assert line["references"] == references.get(line["image"], [])
+    assert Image.open(sheet).width > 400
+
+
+def test_sample_prints_a_line_for_each_caption_and_reference(trained, data, photos):
+    done = sample("--image", photos / "a.png", data, "--limit", "1", "--out_dir", trained)
+    lines = done.stdout.decode().splitlines()
+    references = Dataset(data).split("val").captions[0]
+    assert lines[0].startswith(f"{photos / 'a.png'}: ")
+    assert lines[1].startswith("val0.jpg: ")
+    assert lines[2:] == [f"    reference: {text}" for text in references]
+
+
+def test_sample_from_stdin(trained, photos):
+    path = photos / "a.png"
+    from_file = json_lines(sample("--image", path, "--out_dir", trained, "--json"))
+    done = sample("--image", "-", "--out_dir", trained, "--json", input=path.read_bytes())
+    assert json_lines(done)[0]["captions"] == from_file[0]["captions"]
+    done = sample("--image", "-", "--out_dir", trained, input=b"", check=False)
+    assert done.returncode == 1
+    assert b"cannot identify image file" in done.stderr
+    assert b"BytesIO" not in done.stderr
+
+
+def test_several_samples(trained, photos):
+    done = sample("--image", photos / "a.png", "--out_dir", trained, "--num_samples=3",
+                  "--top_p=0.9", "--json")
+    assert len(json_lines(done)[0]["captions"]) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_an_error(trained, photos):
+    command = [sys.executable, "sample.py", "--image", photos / "a.png", "--out_dir", trained]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, cwd=HERE, stdout=full, stderr=subprocess.PIPE)
+    one_line_error(done, 1, "No space left", "make room")
+
+
+def test_caption_from_python(trained, photos):
+    a = photos / "a.png"
+    b = photos / "deep" / "b c.jpg"
+    lines = json_lines(sample("--image", photos, "--out_dir", trained, "--json"))
+    texts = [line["captions"][0]["text"] for line in lines]
+    captioner = load(trained, "cpu", "float32")
+    assert caption(captioner, a) == texts[0]
+    assert caption(captioner, [a, b.read_bytes()]) == texts
+    assert caption(captioner, []) == []
+    with a.open("rb") as file:
+        assert caption(captioner, file) == texts[0]
+    assert [len(found) for found in caption(captioner, [a, b], num_samples=3)] == [3, 3]
+
+
+def test_caption_refuses_other_files(trained, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    captioner = load(trained, "cpu", "float32")
+    with pytest.raises(UserError, match="broken.jpg"):
+        caption(captioner, tmp_path / "broken.jpg")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_dtypes(trained, photos, name):
+    done = run("sample.py", "--device=cpu", f"--dtype={name}", "--image", photos / "a.png",
+               "--out_dir", trained, "--json")
+    captioner = load(trained, "cpu", name)
+    assert captioner.dtype == DTYPES[name]
+    assert captioner.model.wte.weight.dtype == DTYPES[name]
+    text = json_lines(done)[0]["captions"][0]["text"]
+    assert caption(captioner, photos / "a.png") == text
+
+
+def test_the_default_dtype_is_one_of_both(trained):
+    assert load(trained, "cpu").dtype in DTYPES.values()
+
+
+def test_fine_tuning_on_own_photos(trained, tmp_path):
+    """As README does: the captioner learns new images with a new word and keeps its tokenizer."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = ["image,caption"]
+    for i in range(60):  # enough that the 5 % for val are not empty
+        color = ["red", "blue"][i % 2]
+        Image.new("RGB", (30, 20), color).save(folder / f"{i}.png")
+        lines.append(f'{i}.png,"my {color} zeppelin"')
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    mine = tmp_path / "mine"
+    tuned = tmp_path / "tuned"
+    run("prepare_flickr.py", "--images", folder, "--captions", tmp_path / "captions.csv",
+        "--out_dir", mine, "--image_size", "16", "--tokenizer", trained)
+    start(mine, tuned, f"--init_from={trained}", "--max_iters=150", "--eval_interval=150",
+          "--alpha=0")
+    images = [folder / "0.png", folder / "1.png"]
+    expected = ["my red zeppelin", "my blue zeppelin"]
+    assert caption(load(tuned, "cpu", "float32"), images) == expected
+    assert caption(load(trained, "cpu", "float32"), images) != expected
+
+
+@pytest.mark.parametrize("args, parts", [
+    ("--beam 2 --num_samples 2", ["--beam", "--num_samples"]),
+    ("--beam 0", ["beam", "0"]),
+    ("--top_p 1.5", ["top_p", "1.5"]),
+    ("--temperature 0", ["temperature"]),
+    ("--temperature 0.5", ["--temperature", "--num_samples of at least 2"]),
+    ("--min_tokens 9 --max_tokens 5", ["--min_tokens 9 exceeds --max_tokens 5"]),
+    ("--bean 3", ["--bean", "--beam"]),
+    ("--out_dir /nowhere", ["/nowhere", "checkpoint"]),
+    ("--sheet x.doc", ["x.doc", "expected an image file name"]),
+    ("--dtype float16", ["dtype must be auto, bfloat16 or float32, not 'float16'"]),
+    ("--image ftp://x/a.jpg", ["ftp://x/a.jpg", "only http:// and https://"]),
+    ("", ["a.jpg", "no such file or folder"]),
+])
+def test_wrong_sample_options(trained, args, parts):
+    done = run("sample.py", "--image", "a.jpg", "--out_dir", trained, *args.split(), check=False)
+    one_line_error(done, 2, *parts)
+
+
+def test_checkpoints_with_code_are_refused(tmp_path):
+    torch.save(dict(model=time.sleep), tmp_path / "evil.pt")
+    done = run("sample.py", "--image", "a.jpg", "--out_dir", tmp_path / "evil.pt", check=False)
+    one_line_error(done, 2, "evil.pt")
