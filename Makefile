@@ -1,5 +1,5 @@
-# make demo: set up, then prepare, train and caption on the built-in data, offline
-# make test: set up, then pass the tests
+# make demo: set up, caption the free photos, then prepare, train and caption drawn scenes; offline
+# make test: set up, then run the tests
 PYTHON ?= python3
 
 .venv/demo: requirements.txt
@@ -13,6 +13,7 @@ PYTHON ?= python3
 
 .PHONY: demo test
 demo: .venv/demo
+	.venv/bin/python sample.py --image assets/photos
 	.venv/bin/python data/shapes/prepare.py
 	.venv/bin/python train.py config/shapes.py --force
 	.venv/bin/python data/shapes/exact_match.py

@@ -1,17 +1,17 @@
 """
-Measures speed: of training, captioning and preparing, against what the machine can do and, with
+Measures the speed of training, captioning and preparing, against what the machine can do and, with
 --peer, against Hugging Face's VisionEncoderDecoderModel of the same sizes.
 
     python dev/bench.py --peer              # all but load; draws its own images and captions
     python dev/bench.py train --config config/base.py --device cuda
     python dev/bench.py load                # memory while a large decoder is read; 2 GB of disk
 
-Whatever is compared runs in turn, several times, on the same threads, so that a machine that slows
+Whatever is compared takes turns, several times over, on the same threads, so a machine that slows
 down slows down everything. Results are medians.
 
-Useful FLOPs are those of the matrix products and convolutions that a step cannot do without, 2 per
-multiply-add: no padding, and in attention only pairs that may see each other. A backward pass
-counts as two forward passes. fraction_of_matmul divides their rate by that of a large matrix
+Useful FLOPs are those of the matrix products and convolutions that a step needs, 2 per
+multiply-add: no padding, and in attention only pairs of tokens that see each other. A backward pass
+counts as two forward passes. fraction_of_matmul is their rate divided by that of a large matrix
 product in the same dtype, measured in the same rounds.
 """
 import ctypes
@@ -211,7 +211,7 @@ def write_batches(folder, options):
 # useful FLOPs
 
 def encoder_flops(options, model):
-    """Of one image."""
+    """The useful FLOPs of encoding one image."""
     N = model.encoder.stem.n_patch
     C = options.encoder_width
     stem = 2 * N * 3 * options.patch_size ** 2 * C
@@ -225,7 +225,7 @@ def encoder_flops(options, model):
 
 
 def decoder_flops(options, model, captions):
-    """Of a batch of packed captions, with the output head."""
+    """The useful FLOPs of decoding a batch of packed captions, with the output head."""
     B = len(captions["tokens"])
     C = options.n_embd
     E = options.encoder_width
@@ -247,7 +247,7 @@ def decoder_flops(options, model, captions):
 
 
 def step_flops(options, model, captions):
-    """Of one training step: forward, backward and the teacher's forward."""
+    """The useful FLOPs of one training step: forward, backward and the teacher's forward."""
     n_image = len(captions["tokens"])
     forward = n_image * encoder_flops(options, model) + decoder_flops(options, model, captions)
     return forward * (4 if options.alpha else 3)
@@ -267,18 +267,17 @@ class Ours:
         self.model.recompute = options.recompute
         self.teacher = train.make_teacher(self.model)
         self.optimizer = make_optimizer(self.model, options)
-        self.split = train.TrainSplit(data, options, self.model.max_tokens)
+        self.split = train.TrainSplit(data, self.model, options)
         self.index = np.arange(len(self.split))
         self.n_tokens = self.split.n_tokens.sum()
-        if options.compile:
-            train.compile_parts(self.model, self.teacher)
+        train.compile_parts(options, self.model, self.teacher)
 
     def get_batch(self):
         """Images and packed captions, see train.TrainSplit."""
         return self.split.get_batch(self.index, np.zeros_like(self.index), self.model)
 
     def step(self, lap=None):
-        """One optimizer step. lap: called with the name of each part that is done."""
+        """One optimizer step; calls lap with the name of each part when it is done."""
         lap = lap or no_lap
         options = self.options
         images, captions = self.get_batch()
@@ -352,8 +351,8 @@ def step_memory(ours, device):
 
 class Peer:
     """
-    A VisionEncoderDecoderModel of the same sizes, trained as its users train it: one row a caption,
-    and its image with it.
+    A VisionEncoderDecoderModel of the same sizes, trained as is usual: one row per caption, each
+    with its image.
     """
 
     def __init__(self, options, vocab_size, device, dtype):
@@ -498,6 +497,7 @@ def bench_decode(options, device, with_peer, rounds):
         if with_peer:
             for peer, vocab_size in PEERS.items():
                 peers[peer, name] = Peer(options, vocab_size, device, name)
+                peers[peer, name].model.eval()
     results = {}
     for n in (1, 64):
         images = random_images(n, options.image_size, device)

@@ -69,7 +69,7 @@ REWRITE_PATTERN = re.compile("|".join(REWRITE))
 BRACKETS = str.maketrans({
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
 })
-# and runs of . and -
+# dropped, as are runs of . and -
 PUNCTUATION = {"'", "''", '"', "’", "`", "``", ".", "..", "?", "!", ",", ":", ";", "-"}
 
 

@@ -77,9 +77,9 @@ class FrozenViews:
             images = make_view(images, part, view, self.may_flip[part], self.options)
             with torch.autocast(device.type, enabled=False):
                 features = self.model.encoder.features(self.model.normalize(images))
-            parts.append(features.half().cpu())
+            parts.append(features.half().cpu().numpy())
         self.model.train(training)
-        return torch.cat(parts).numpy()
+        return np.concatenate(parts)
 
     def read(self, index, views):
         """The features of images in these views, int (B,) each -> float16 (B, n, c), on the CPU."""

@@ -190,6 +190,7 @@ def write_archive(path, outside, rng):
 
 
 def write_zip(path, members):
+    """Writes a zip of (name, bytes)."""
     with warnings.catch_warnings(action="ignore"):  # of names that occur twice
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, data in members:
@@ -197,6 +198,7 @@ def write_zip(path, members):
 
 
 def write_tar(path, members, with_links):
+    """Writes a tar of (name, bytes), and of links to files outside of it."""
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -209,6 +211,7 @@ def write_tar(path, members, with_links):
 
 
 def add_link(archive, name, target, kind):
+    """Adds a symbolic or hard link to an open tar."""
     info = tarfile.TarInfo(name)
     info.type = kind
     info.linkname = target
@@ -249,6 +252,7 @@ def caption_files(rng):
 
 
 def token_lines(captions):
+    """Flickr's .token; captions: {name: texts}."""
     lines = []
     for name, texts in captions.items():
         for k, text in enumerate(texts):
@@ -257,10 +261,12 @@ def token_lines(captions):
 
 
 def csv_quote(text):
+    """A quoted field of CSV."""
     return '"' + text.replace('"', '""') + '"'
 
 
 def csv_lines(captions):
+    """CSV with one caption per line."""
     lines = ["image,caption\n"]
     for name, texts in captions.items():
         lines += [f"{name},{csv_quote(text)}\n" for text in texts]
@@ -268,6 +274,7 @@ def csv_lines(captions):
 
 
 def bar_lines(captions):
+    """Kaggle's results.csv."""
     lines = ["image_name| comment_number| comment\n"]
     for name, texts in captions.items():
         for k, text in enumerate(texts):
@@ -276,6 +283,7 @@ def bar_lines(captions):
 
 
 def raw_csv_lines(captions):
+    """The CSV of nlphuji/flickr30k, with a JSON list per line."""
     lines = ["raw,filename,split\n"]
     for name, texts in captions.items():
         lines.append(f"{csv_quote(json.dumps(texts))},{name},train\n")
@@ -283,6 +291,7 @@ def raw_csv_lines(captions):
 
 
 def karpathy(captions):
+    """Karpathy's JSON."""
     images = []
     for name, texts in captions.items():
         sentences = [{"raw": text} for text in texts]
@@ -291,6 +300,7 @@ def karpathy(captions):
 
 
 def coco(captions):
+    """COCO's annotations."""
     images = []
     annotations = []
     for id, (name, texts) in enumerate(captions.items()):

@@ -4,7 +4,7 @@ Fault injection: breaks things on purpose and checks that nothing is lost and no
     python -m pytest tests/test_faults.py                # each fault a few times
     python tests/test_faults.py --minutes 30 --seed 1    # as often as time allows; prints a table
 
-Each fault is a generator. It yields once per try: "" if the program survived, otherwise what was
+Each fault is a generator that yields once per try: "" if the program survived, otherwise what was
 lost.
 """
 import collections
@@ -86,7 +86,7 @@ def printed(folder):
 
 
 def check_error(code, errors, expected, *parts):
-    """"" if a script ended with the expected code and one line on stderr that has all parts."""
+    """Returns "" if a script ended with this code and one line on stderr that has all parts."""
     lines = [line for line in errors.splitlines() if "seconds left" not in line]  # no progress
     if code == expected and len(lines) == 1 and "Traceback" not in errors:
         if all(part in lines[0] for part in parts):
@@ -95,7 +95,7 @@ def check_error(code, errors, expected, *parts):
 
 
 def check_success(code, errors):
-    """"" if a script succeeded."""
+    """Returns "" if a script succeeded."""
     return "" if code == 0 else f"exit code {code}: {errors[-300:]}"
 
 
@@ -146,14 +146,14 @@ def comparable(value):
 
 
 def check_same_run(out_dir, expected):
-    """"" if the run in out_dir has made the same as another, run_state's dict."""
+    """Returns "" if the run in out_dir has made the same as another, run_state's dict."""
     found = run_state(out_dir)
     different = [name for name in found if found[name] != expected.get(name)]
     return f"differs from an undisturbed run: {', '.join(different)}" if different else ""
 
 
 def check_loadable(out_dir):
-    """"" if all checkpoints in a folder can be loaded."""
+    """Returns "" if all checkpoints in a folder can be loaded."""
     for path in (out_dir / "last.pt", out_dir / "best.pt"):
         if path.exists():
             try:
@@ -227,7 +227,7 @@ def training_stopped(folder, rng):
 
 
 def check_stopped(code, output, signals, out_dir):
-    """"" if a run did after these signals what it should."""
+    """Returns "" if a run did after these signals what it should."""
     number = signals[0]
     saved = -1
     if (out_dir / "last.pt").exists():
@@ -381,7 +381,7 @@ def contents(folder):
 
 
 def check_contents(folder, expected):
-    """"" if a folder has exactly these contents."""
+    """Returns "" if a folder has exactly these contents."""
     found = contents(folder)
     if found == expected:
         return ""
@@ -539,7 +539,7 @@ def image_urls(folder, rng):
 
 
 def check_message(error, *parts):
-    """"" if an error's message is one line and has all parts."""
+    """Returns "" if an error's message is one line and has all parts."""
     message = str(error)
     if "\n" not in message and all(part in message for part in parts):
         return ""
@@ -722,7 +722,7 @@ def list_files(folder):
 
 
 def check_all_blue(path):
-    """"" if a file of pixels has only the good images of hostile.py's archives."""
+    """Returns "" if a file of pixels has only the good images of hostile.py's archives."""
     red = np.fromfile(path, np.uint8).reshape(-1, 3)[:, 0]
     return "" if red.max() < 30 else "the image of another entry was taken"
 
@@ -746,8 +746,8 @@ def captions_mangled(folder, rng):
 
 def check_captions(path, format, text, at_least):
     """
-    "" if read_captions finds at_least captions in a file and none with the wrong image, or refuses
-    it in one line. text: what the file contained before it was mangled.
+    Returns "" if read_captions finds at_least captions in a file, none of them with a wrong image,
+    or refuses it in one line. text: the file before it was mangled.
     """
     start = time.monotonic()
     lost = ""
@@ -847,7 +847,7 @@ def checkpoints_damaged(folder, rng):
 
 
 def check_refused(path, what):
-    """"" if a checkpoint is refused in one line that names it."""
+    """Returns "" if a checkpoint is refused in one line that names it."""
     try:
         checkpoint.load(path, "cpu")
         return f"{what}: was taken"

@@ -473,7 +473,7 @@ def test_lora_and_a_frozen_encoder_train_save_resume_and_caption(parts, tmp_path
     assert checkpoint["model"]["blocks.0.attention.qkv.B"].abs().max() > 0
     assert len(checkpoint["tokenizer"]["ids"]) == Dataset(parts / "data").vocab_size
 
-    loaded = load(tmp_path / "whole", "cpu")
+    loaded = load(tmp_path / "whole", "cpu", dtype="float32")
     assert not any(isinstance(module, LoRA) for module in loaded.model.modules())
     weights = safetensors.load_file(parts / "vit" / "model.safetensors")
     assert torch.equal(loaded.model.encoder.norm.weight, weights["vit.layernorm.weight"])
@@ -514,7 +514,7 @@ def test_configs_of_pretrained_parts_train(parts, tmp_path, config, encoder, dat
     assert any(name.startswith("encoder.blocks.") for name in saved) != options.freeze_encoder
     assert ("blocks.0.attention.qkv.A" in saved) == (options.lora_rank > 0)
     assert ("blocks.0.attention.qkv.weight" in saved) == (options.lora_rank == 0)
-    write_caption(load(out, "cpu"), parts)
+    write_caption(load(out, "cpu", dtype="float32"), parts)
 
 
 def test_the_first_loss_is_the_language_models_own(parts, tmp_path, monkeypatch):
@@ -539,7 +539,7 @@ def test_the_first_loss_is_the_language_models_own(parts, tmp_path, monkeypatch)
     saved = torch.load(tmp_path / "out" / "best.pt", weights_only=True)["model"]
     assert "encoder.blocks.0.mlp.fc.weight" in saved
     monkeypatch.delattr(pretrained, "fetch_model")
-    write_caption(load(tmp_path / "out", "cpu"), parts)
+    write_caption(load(tmp_path / "out", "cpu", dtype="float32"), parts)
 
 
 @pytest.mark.parametrize("changed, message", [
