@@ -6,6 +6,7 @@ weights_only=True: version, options, vocab_size, tokenizer (ranks, pattern, ids)
 the data, model (the weights that were trained). last.pt adds teacher, optimizer and state, which a
 resumed run needs; best.pt holds the better of student and teacher in half precision.
 """
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,12 @@ VERSION = 2
 # version 1 had these options; they are constants now
 CONSTANTS = dict(stem="patch", cross_every=1, beta1=0.9, beta2=0.98, min_lr=0.0, lora_alpha=16.0,
                  lora_dropout=0.0)
+RENAMED = {  # since version 1, by prefix
+    "encoder.neighbours.": "encoder.local_convs.",
+    "encoder.class_tokens": "encoder.stem.class_tokens",
+    "encoder.positions": "encoder.stem.positions",
+    "encoder.norm_first.": "encoder.stem.norm.",
+}
 PRETRAINED = dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0,
                   lora_targets="qkv|proj|fc")  # train.py's defaults
 # what the weights of a checkpoint fit; dropout may change
@@ -71,7 +78,12 @@ def read_checkpoint(path):
     if missing:
         raise UserError(f"{path} is not a nanoCaption checkpoint: it lacks {', '.join(missing)}")
     if checkpoint["version"] == 1:
-        checkpoint = upgrade(checkpoint, path)
+        try:
+            checkpoint = upgrade(checkpoint, path)
+        except UserError:
+            raise
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if checkpoint["version"] != VERSION:
         raise UserError(f"{path} has version {checkpoint['version']}; this code reads {VERSION}")
     return checkpoint
@@ -86,12 +98,40 @@ def upgrade(checkpoint, path):
             raise UserError(f"{path} was trained with {name}={value!r}, which is no longer an "
                             f"option (it is always {constant!r}); train it again")
     options["local_conv"] = options.pop("local", False)
-    weights = {}
-    for name, tensor in checkpoint["model"].items():
-        weights[name.replace("encoder.neighbours", "encoder.local_convs")] = tensor
+    weights = upgrade_weights(checkpoint["model"], options)
     upgraded = dict(checkpoint, version=2, options=options, model=weights)
     # a run of version 1 cannot be resumed
     upgraded.pop("optimizer", None)
+    return upgraded
+
+
+def upgrade_weights(weights, options):
+    """
+    {name: tensor} of version 1 -> of version 2. Zeros stand in for biases and positions that some
+    pretrained parts did not have; DINOv2's LayerScale is folded into the layer before it.
+    """
+    renamed = dict(RENAMED)
+    if options.get("encoder_family", "own") != "own":
+        renamed["encoder.stem."] = "encoder.stem.patches."
+    upgraded = {}
+    for name, tensor in weights.items():
+        for old, new in renamed.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        upgraded[name] = tensor
+    for name in list(upgraded):
+        layer = name.removesuffix(".weight")
+        if re.search(r"\.(attention|mlp|stem)\.\w+\.weight$", name):
+            upgraded.setdefault(f"{layer}.bias", torch.zeros(len(upgraded[name])))
+    for old, new in (("scale1", "attention.proj"), ("scale2", "mlp.proj")):
+        for name in [name for name in upgraded if name.endswith(old)]:
+            layer = name.replace(old, new)
+            scale = upgraded.pop(name).float()
+            upgraded[f"{layer}.weight"] = upgraded[f"{layer}.weight"] * scale[:, None]
+            upgraded[f"{layer}.bias"] = upgraded[f"{layer}.bias"] * scale
+    if options.get("decoder_family") == "falcon":
+        upgraded["wpe.weight"] = torch.zeros(options["block_size"], options["n_embd"])
     return upgraded
 
 

@@ -127,7 +127,8 @@ def read_references(path, split):
     splits = set()
     n_empty = 0
     for name, text, its_split in read_captions(path):
-        splits.add(str(its_split))
+        if its_split:
+            splits.add(its_split)
         if split in (None, its_split):
             captions = texts.setdefault(name, [])
             if text.strip():
@@ -135,7 +136,8 @@ def read_references(path, split):
             else:
                 n_empty += 1
     if not texts:
-        raise UserError(f"{path} has no captions of split {split!r}; it has {', '.join(splits)}")
+        found = ", ".join(sorted(splits)) or "no splits"
+        raise UserError(f"{path} has no captions of split {split!r}; it has {found}")
     for name, captions in texts.items():
         if not captions:
             raise UserError(f"{name} has only empty captions in {path}")
@@ -151,7 +153,7 @@ def read_references(path, split):
 def caption_and_loss(captioner, source, args):
     """
     Captions of all images, and sums over all references: cross-entropy in nats; the same with each
-    image replaced by the next one; tokens, including EOT; characters; captions cut.
+    image replaced by the next one; tokens, including EOT; characters; references cut.
     """
     model = captioner.model
     device = model.mean.device
@@ -161,7 +163,7 @@ def caption_and_loss(captioner, source, args):
     start_time = time.monotonic()
     for start in range(0, n, args.batch_size):
         index = list(range(start, min(start + args.batch_size, n)))
-        # one image more, for the shuffled loss
+        # one extra image, for the shuffled loss
         images = source.read_images([*index, (index[-1] + 1) % n], captioner.image_size)
         with autocast(device, captioner.dtype):
             encoded = model.encode(torch.from_numpy(images).to(device))

@@ -40,7 +40,7 @@ def parse_args():
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
     add("--beam", type=int, help="beam size; 1 is greedy (default: 3)")
     add("--num_samples", type=int, default=1, help="sample this many captions instead")
-    add("--temperature", type=float, default=1.0, help="of sampling")
+    add("--temperature", type=float, default=1.0, help="sampling temperature")
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
     add("--top_p", type=float, default=1.0,
         help="sample from the most likely tokens with this total probability")
@@ -51,7 +51,7 @@ def parse_args():
     add("--length_penalty", type=float, default=0.5,
         help="beams are ranked by log-probability / length ** length_penalty")
     add("--batch_size", type=int, default=64, help="images at a time")
-    add("--seed", type=int, default=0, help="of sampling")
+    add("--seed", type=int, default=0, help="random seed for sampling")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the faster one)")
     add("--json", action="store_true",
@@ -110,7 +110,7 @@ def prepared_images(data_dir, split, limit):
 
 
 def make_batches(found, batch_size):
-    """Splits find_images' list into batches; arrays stay apart, for they have their own size."""
+    """Splits find_images' list into batches. Arrays have their own size, so they stay apart."""
     batches = []
     for _, group in itertools.groupby(found, key=source_shape):
         group = list(group)
@@ -158,14 +158,14 @@ def main():
     options["beam"] = args.beam or 3
     n_captioned = 0
     sheet = []
-    # one batch after the other, so that memory stays flat
+    # one batch at a time, to keep memory flat
     for batch in make_batches(found, args.batch_size):
         loaded = load_batch(batch, captioner.image_size)
         if not loaded:
             continue
         images = np.stack([image for _, image, _ in loaded])
         results = caption_images(captioner, images, **options)
-        options["seed"] += len(loaded)  # other draws for other images
+        options["seed"] += len(loaded)  # new draws for each batch
         n_captioned += len(loaded)
         for (name, image, references), captions in zip(loaded, results):
             print_captions(name, captions, references, args.json)

@@ -4,12 +4,13 @@ METEOR and SPICE, by pycocoevalcap's Java programs.
     python evaluate.py --data_dir data/flickr8k --save captions.jsonl
     python dev/meteor_spice.py captions.jsonl
 
-Needs Java and pycocoevalcap; SPICE downloads its models at first and needs an old Java (8).
+Needs Java and pycocoevalcap; SPICE needs Java 8 and downloads its models on first use.
 """
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,7 +19,7 @@ from nanocaption.metrics import tokenize
 
 
 def read_saved(path):
-    """What evaluate.py --save wrote -> two dicts from the image's number to a list of texts."""
+    """Captions and references that evaluate.py --save wrote: dicts {image number: [texts]}."""
     captions = {}
     references = {}
     try:
@@ -30,6 +31,8 @@ def read_saved(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path} ({error}); expected what evaluate.py --save writes"
                         ) from None
+    if not captions:
+        raise UserError(f"{path} is empty; expected what evaluate.py --save writes")
     return captions, references
 
 
@@ -48,7 +51,11 @@ def main():
     captions, references = read_saved(args.captions)
     for name, metric in (("METEOR", Meteor), ("SPICE", Spice)):
         try:
-            score, _ = metric().compute_score(references, captions)
+            scorer = metric()
+            # Meteor keeps its lock after an error and then waits for it in __del__; a lock that the
+            # same thread may take twice prevents that
+            scorer.lock = threading.RLock()
+            score, _ = scorer.compute_score(references, captions)
             print(f"{name} {score:.3f}")
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             print(f"{name} failed ({str(error)[:200]})")

@@ -101,7 +101,8 @@ def rewrite(match):
 
 
 # -----------------------------------------------------------------------------
-# metrics: lists of words in; the score of all captions and a list with each caption's out
+# metrics: each takes lists of words and returns the score of all captions and a list of each
+# caption's score
 
 
 def ngrams(words):
@@ -115,9 +116,9 @@ def ngrams(words):
 
 def document_frequencies(references):
     """
-    references: for each image a list of captions, each a list of words. Returns a Counter, in how
-    many images' captions each n-gram occurs, and the number of images: cider_references takes them,
-    so that another data set, say train, can tell which n-grams are rare.
+    references: for each image a list of captions, each a list of words. Returns a Counter (of how
+    many images' captions contain each n-gram) and the number of images. Pass both to
+    cider_references to let other captions, such as train's, decide which n-grams are rare.
     """
     counts = Counter()
     for captions in references:
@@ -236,7 +237,7 @@ def rouge_l(captions, references):
     """
     scores = []
     for words, image_references in zip(captions, references, strict=True):
-        # pycocoevalcap takes no words for one empty word
+        # pycocoevalcap treats an empty caption as one empty word
         words = words or [""]
         precision = 0.0
         recall = 0.0
@@ -266,8 +267,8 @@ def common_length(a, b):
 
 def score_all(words, references, prepared=None):
     """
-    All scores of captions, a dict. words, references: as for bleu; prepared: from cider_references,
-    None to prepare references here.
+    All scores of the captions, as a dict. words, references: as for bleu; prepared: from
+    cider_references, or None to prepare the references here.
     """
     if prepared is None:
         prepared = cider_references(references)
@@ -282,9 +283,9 @@ def score_all(words, references, prepared=None):
 
 def baselines(references, prepared, seed=0):
     """
-    What scores mean: those of humans (each reference against the image's others), of another
-    image's caption, and of one caption for all images (the best by CIDEr of 50 references). Returns
-    {"human", "chance", "constant"}: score_all's dicts, None for lack of references.
+    Scores to compare a model with: those of humans (each reference against the image's others), of
+    another image's caption, and of one caption for all images (the best by CIDEr of 50 references).
+    Returns {"human", "chance", "constant"}: score_all's dicts, or None for too few captions.
     """
     rng = np.random.default_rng(seed)
     return {

@@ -1,7 +1,10 @@
 """Fixtures that several test files use."""
 import pytest
+import torch
 
 from helpers import start, tiny_dataset
+
+torch.set_num_threads(1)  # tiny models are fastest on one
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """Checkpoints: older ones, damaged ones, those of other programs."""
+import re
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 
-from checkpoint import VERSION, load, read_checkpoint
-from helpers import HERE, one_line_error, random_images, run
+from checkpoint import VERSION, load, read_checkpoint, upgrade_weights
+from helpers import HERE, TINY, one_line_error, random_images, run, start
 from nanocaption.cli import UserError
 from nanocaption.generate import caption_images
+from pretrained import build_captioner
+from train import Options
 
 
 def as_version_1(checkpoint, **options):
@@ -27,6 +31,71 @@ def test_version_1_gives_the_same_captions(trained, tmp_path):
     images = random_images(4, 20).numpy()
     expected = caption_images(load(trained, "cpu", "float32"), images)
     assert caption_images(load(tmp_path / "old.pt", "cpu", "float32"), images) == expected
+
+
+# their version 1 had other names, {new: old}, and lacked some weights, which are zeros now
+VERSION_1_NAMES = {
+    "encoder.stem.patches.": "encoder.stem.",
+    "encoder.stem.norm.": "encoder.norm_first.",
+    "encoder.stem.class_tokens": "encoder.class_tokens",
+    "encoder.stem.positions": "encoder.positions",
+}
+LACKED = {
+    "clip": r"encoder\.stem\.patches\.bias",
+    "falcon": r"wpe\.weight|blocks\.\d\.(attention|mlp)\.\w+\.bias",
+}
+
+
+@pytest.mark.parametrize("part", ["vit", "deit", "dinov2", "clip", "gpt2", "falcon"])
+def test_version_1_of_a_pretrained_part(part):
+    kind = "decoder_family" if part in ("gpt2", "falcon") else "encoder_family"
+    options = Options(**TINY, **{kind: part})
+    model = build_captioner(options, 50)
+    expected = {}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        expected[name] = torch.randn_like(tensor)
+        if re.fullmatch(LACKED.get(part, "none"), name):
+            expected[name] = torch.zeros_like(tensor)
+            continue
+        old_name = name
+        for new, old in VERSION_1_NAMES.items():
+            old_name = old_name.replace(new, old)
+        weights[old_name] = expected[name]
+    if part == "dinov2":
+        for scale, layer in (("scale1", "attention.proj"), ("scale2", "mlp.proj")):
+            weights[f"encoder.blocks.0.{scale}"] = torch.full((32,), 2.0)
+            for name in (f"encoder.blocks.0.{layer}.weight", f"encoder.blocks.0.{layer}.bias"):
+                weights[name] = expected[name] / 2
+    upgraded = upgrade_weights(weights, asdict(options))
+    assert upgraded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(upgraded[name], tensor), name
+
+
+def test_version_1_is_fine_tuned_but_not_resumed(data, trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    checkpoint = torch.load(trained / "last.pt", weights_only=True)
+    torch.save(as_version_1(checkpoint), out / "last.pt")
+    done = start(data, out, "--init_from=resume", check=False)
+    one_line_error(done, 2, "last.pt cannot be resumed", "--init_from=")
+    start(data, tmp_path / "tuned", f"--init_from={out}", "--learning_rate=0", "--max_iters=1")
+    tuned = torch.load(tmp_path / "tuned/last.pt", weights_only=True)
+    assert tuned["version"] == VERSION
+    for name, tensor in checkpoint["model"].items():
+        assert torch.equal(tuned["model"][name], tensor), name
+
+
+@pytest.mark.parametrize("damage", [
+    dict(model=["not a dict"]),
+    dict(options=["not a dict"]),
+])
+def test_a_damaged_version_1_is_refused(trained, tmp_path, damage):
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    torch.save(dict(as_version_1(checkpoint), **damage), tmp_path / "old.pt")
+    with pytest.raises(UserError, match="old.pt is damaged"):
+        read_checkpoint(tmp_path / "old.pt")
 
 
 @pytest.mark.parametrize("options", [dict(stem="conv"), dict(beta1=0.8), dict(cross_every=2)])

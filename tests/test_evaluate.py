@@ -212,7 +212,7 @@ def test_bfloat16_scores_almost_as_float32(command, folder):
     ("--sheet sheet.txt", "--sheet sheet.txt: expected an image file name"),
     ("--save nowhere/x.jsonl", "no folder nowhere; create it first"),
     ("--images FOLDER/photos --captions FOLDER/captions.jsonl --split val",
-     "has no captions of split 'val'"),
+     "has no captions of split 'val'; it has no splits"),
     ("--images FOLDER/out --captions FOLDER/captions.jsonl", "0.png, named in "),
 ])
 def test_mistakes_are_one_line(folder, args, message):
@@ -257,7 +257,8 @@ def meteor_spice(tmp_path):
     def call(*args):
         command = [sys.executable, HERE / "dev" / "meteor_spice.py", *args]
         environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True,
+                              timeout=60)
     return call
 
 
@@ -277,6 +278,27 @@ def test_meteor_spice_reads_what_evaluate_saves(command, folder, meteor_spice, t
     assert lines == ["METEOR 0.500", "SPICE failed (no models)"]
 
 
+def test_meteor_spice_survives_a_broken_java(meteor_spice, tmp_path):
+    """As in pycocoevalcap, a Meteor that fails keeps its lock and later waits for it."""
+    (tmp_path / "pycocoevalcap" / "meteor" / "meteor.py").write_text("""
+import threading
+class Meteor:
+    def __init__(self):
+        self.lock = threading.Lock()
+    def compute_score(self, references, captions):
+        self.lock.acquire()
+        raise ValueError("no score")
+    def __del__(self):
+        self.lock.acquire()
+""")
+    record = {"image": "0.png", "caption": "a dog", "references": ["a dog"]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    done = meteor_spice("x.jsonl")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode().splitlines()
+    assert lines == ["METEOR failed (no score)", "SPICE failed (no models)"]
+
+
 def test_meteor_spice_without_java(meteor_spice, tmp_path):
     (tmp_path / "java").unlink()
     one_line_error(meteor_spice("x.jsonl"), 2, "Java is missing: there is no java on the PATH")
@@ -287,7 +309,7 @@ def test_meteor_spice_without_pycocoevalcap(meteor_spice, tmp_path):
     one_line_error(meteor_spice("x.jsonl"), 2, "pip install pycocoevalcap")
 
 
-@pytest.mark.parametrize("text", [None, "no JSON", "[]", "{}"])
+@pytest.mark.parametrize("text", [None, "", "no JSON", "[]", "{}"])
 def test_meteor_spice_refuses_other_files(meteor_spice, tmp_path, text):
     if text is not None:
         (tmp_path / "x.jsonl").write_text(text)

@@ -140,12 +140,12 @@ def test_jitter_changes_brightness_contrast_and_saturation():
     assert len(brightnesses) == 8
 
 
-def test_overfits_a_hundred_images():
+def test_overfits_a_few_dozen_images():
     rng = random.Random(0)
     captions = []
-    for _ in range(100):
+    for _ in range(40):
         captions.append([[rng.randrange(60) for _ in range(rng.randint(4, 7))] for _ in range(5)])
-    images = random_images(100)
+    images = random_images(40)
     torch.manual_seed(0)
     options = Options(**{**TINY, "n_embd": 64, "n_head": 4}, learning_rate=6e-3, weight_decay=0.0,
                       dtype="float32")
@@ -161,11 +161,11 @@ def test_overfits_a_hundred_images():
         optimizer.step()
         optimizer.zero_grad()
     # which of an image's five captions it is cannot be known; everything else can
-    floor = math.log(5) / (n_tokens / 500)
+    floor = math.log(5) / (n_tokens / 200)
     assert floor - 1e-3 < ce.item() / n_tokens < floor + 0.05
     results = model.eval().beam_search(images, beam=1)
     right = [words in own for [(words, _)], own in zip(results, captions)]
-    assert sum(right) >= 90
+    assert sum(right) >= 36
 
 
 # -----------------------------------------------------------------------------

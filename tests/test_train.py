@@ -116,7 +116,7 @@ train.run(train.main)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_resumed_run_keeps_its_precision(data, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_precision(data, tmp_path):
     start(data, tmp_path / "out", "--dtype=bfloat16", "--max_iters=2")
     assert last(tmp_path / "out")["options"]["dtype"] == "bfloat16"
     done = start(data, tmp_path / "out", "--dtype=auto", "--init_from=resume", "--max_iters=4")
@@ -212,7 +212,6 @@ def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path):
     # train.py whose images are NaN from the third step to another one
     worker = tmp_path / "worker.py"
     worker.write_text(PRELUDE + """
-import nanocaption.augment
 calls = []
 end = int(sys.argv.pop(1))
 augment = train.augment
