@@ -400,6 +400,22 @@ def test_samples_follow_the_distribution():
     torch.testing.assert_close(fraction, logp.softmax(0), atol=0.03, rtol=0)
 
 
+def test_the_baseline_of_a_reward_is_the_mean_of_the_other_samples():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    captions = [[[1], [2, 3], [1, 2, 3]], [[], [1], [2, 3]]]
+    packed = pack(captions, 9, 3)
+    advantage = token_advantages(rewards, packed, max_tokens=3)
+    assert advantage.shape == packed["targets"].shape
+    expected = [[1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2],
+                [0 - (0 + 3) / 2, 0 - (0 + 3) / 2, 3 - (0 + 0) / 2]]
+    for row, segment in itertools.product(range(2), range(1, 4)):
+        tokens = (packed["segment"][row] == segment) & (packed["position"][row] < 2)
+        for value in advantage[row][tokens].tolist():
+            assert value == pytest.approx(expected[row][segment - 1])
+    # the third token is the last possible one: its end was not chosen
+    assert (advantage[packed["position"] == 2] == 0).all()
+
+
 def test_self_critical_gradient_is_that_of_the_expected_reward():
     """Three words and captions of at most two: the expectation is a sum over thirteen captions."""
     model = tiny_model(vocab_size=4, block_size=3)

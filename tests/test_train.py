@@ -116,14 +116,18 @@ train.run(train.main)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_resumed_run_keeps_its_precision(data, tmp_path):
-    start(data, tmp_path / "out", "--dtype=bfloat16", "--max_iters=2")
-    assert last(tmp_path / "out")["options"]["dtype"] == "bfloat16"
-    done = start(data, tmp_path / "out", "--dtype=auto", "--init_from=resume", "--max_iters=4")
-    assert b"bfloat16 (as before)" in done.stdout
-    assert last(tmp_path / "out")["options"]["dtype"] == "bfloat16"
-    done = start(data, tmp_path / "out", "--init_from=resume", "--max_iters=6", "--dtype=float32")
-    assert b"dtype=float32 (was bfloat16)" in done.stdout
+# auto alone would pick the same one in both cases
+@pytest.mark.parametrize("dtype, other", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_resumed_run_keeps_its_precision(data, tmp_path, dtype, other):
+    out = tmp_path / "out"
+    start(data, out, f"--dtype={dtype}", "--max_iters=2")
+    assert last(out)["options"]["dtype"] == dtype
+    done = start(data, out, "--dtype=auto", "--init_from=resume", "--max_iters=4")
+    assert f"{dtype} (as before)" in done.stdout.decode()
+    assert last(out)["options"]["dtype"] == dtype
+    done = start(data, out, f"--dtype={other}", "--init_from=resume", "--max_iters=6")
+    assert f"dtype={other} (was {dtype})" in done.stdout.decode()
+    assert last(out)["options"]["dtype"] == other
 
 
 # -----------------------------------------------------------------------------
