@@ -31,7 +31,7 @@ RENAMED = {  # since version 1, by prefix
 }
 PRETRAINED = dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0,
                   lora_targets="qkv|proj|fc")  # train.py's defaults
-# what the weights of a checkpoint fit; dropout may change
+# options that a checkpoint's weights depend on; dropout may change
 ARCHITECTURE = {field.name for field in fields(ModelOptions)} - {"dropout", "word_dropout"}
 ARCHITECTURE |= set(PRETRAINED)
 
@@ -96,7 +96,7 @@ def upgrade(checkpoint, path):
         value = options.pop(name, constant)
         if value != constant:
             raise UserError(f"{path} was trained with {name}={value!r}, which is no longer an "
-                            f"option (it is always {constant!r}); train it again")
+                            f"option (it is always {constant!r}); retrain it")
     options["local_conv"] = options.pop("local", False)
     weights = upgrade_weights(checkpoint["model"], options)
     upgraded = dict(checkpoint, version=2, options=options, model=weights)
@@ -145,7 +145,7 @@ def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None,
     try:
         if own and not options.encoder and not options.decoder:
             return Captioner(options, vocab_size, mean, std)
-        # imported here, for sample.py starts faster without it
+        # imported here so that sample.py starts faster
         from pretrained import assemble
         return assemble(options, vocab_size, mean, std, ids, frozen_dtype)
     except ValueError as error:
@@ -153,8 +153,16 @@ def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None,
 
 
 def frozen_names(model):
-    """The names of parameters that are not trained; checkpoints leave them out."""
-    return {name for name, p in model.named_parameters() if not p.requires_grad}
+    """
+    The names of frozen parameters that can be read again from where they came, options.encoder or
+    options.decoder; checkpoints leave them out.
+    """
+    names = set()
+    for name, p in model.named_parameters():
+        part = "encoder" if name.startswith("encoder.") else "decoder"
+        if not p.requires_grad and getattr(model.options, part, ""):
+            names.add(name)
+    return names
 
 
 def restore(model, weights, frozen=None):
@@ -199,7 +207,7 @@ class LoadedCaptioner:
     """A captioner that is ready to use."""
     model: Captioner
     tokenizer: tiktoken.Encoding
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     dtype: torch.dtype  # of matrix products
 
 
@@ -228,8 +236,8 @@ def find_start(options, source, data, rank=0):
     """
     What options.init_from names -> (checkpoint or None, whether to resume).
 
-    Sets the options that the checkpoint's weights fix. An option that the command line gives
-    otherwise (when resuming: or the config) is a UserError; source: {option: where it is from}.
+    Sets the options that are fixed by the checkpoint's weights. Raises UserError if the command
+    line (or, when resuming, the config) contradicts them. source: {option: where it was set}.
     """
     last = Path(options.out_dir, "last.pt")
     best = last.with_name("best.pt")
@@ -243,6 +251,8 @@ def find_start(options, source, data, rank=0):
         raise UserError(f"there is nothing to resume from at {best}; --init_from={best} with "
                         "another --out_dir fine-tunes it")
     if options.init_from == "scratch" or (resume and not last.exists()):
+        if resume and rank == 0:
+            print(f"no run to resume in {options.out_dir}; starting from scratch", file=sys.stderr)
         if options.samples and rank == 0:
             print("warning: self-critical training from random weights; --init_from=PATH starts "
                   "from a trained captioner", file=sys.stderr)
@@ -254,11 +264,11 @@ def find_start(options, source, data, rank=0):
         raise UserError(f"{last} cannot be resumed; --init_from={last} with another --out_dir "
                         "starts from its weights")
     if checkpoint["tokenizer"]["ranks"] != data.tokenizer_text:
-        raise UserError(f"{options.data_dir} was prepared with another tokenizer than the "
+        raise UserError(f"{options.data_dir} was prepared with a different tokenizer from the "
                         f"checkpoint's; prepare it again with --tokenizer {path}")
     if resume and checkpoint["fingerprint"] != data.fingerprint:
-        raise UserError(f"{last} was trained on other data than {options.data_dir}; use its own "
-                        f"--data_dir, or --init_from={last} with another --out_dir to fine-tune")
+        raise UserError(f"{last} was trained on different data from {options.data_dir}; use its "
+                        f"own --data_dir, or --init_from={last} with another --out_dir to fine-tune")
     saved = checkpoint["options"]
     for name in sorted(ARCHITECTURE):
         wanted = getattr(options, name)
@@ -270,6 +280,7 @@ def find_start(options, source, data, rank=0):
     if resume:
         if options.dtype == "auto":
             options.dtype = saved["dtype"]
+            source["dtype"] = "checkpoint"
         report_changes(options, saved, rank)
     return checkpoint, resume
 
@@ -297,6 +308,11 @@ def trained_weights(model, frozen):
     return {name: t for name, t in model.state_dict().items() if name not in frozen}
 
 
+def halve(weights):
+    """A state dict in half precision, except for the normalization of images."""
+    return {name: t if name in ("mean", "std") else t.half() for name, t in weights.items()}
+
+
 def save_last(about, model, teacher, optimizer, state):
     """Writes last.pt, from which a run resumes exactly. state: train.py's State."""
     frozen = frozen_names(model)
@@ -316,8 +332,7 @@ def save_best(about, candidate, model, **result):
     Writes best.pt, in half precision. candidate: the student, which is model, or the teacher;
     result: which of them it is, the step and the scores.
     """
-    weights = trained_weights(candidate, frozen_names(model))
-    weights = {name: t.half() for name, t in weights.items()}
+    weights = halve(trained_weights(candidate, frozen_names(model)))
     with atomic_write(Path(about["options"]["out_dir"], "best.pt")) as file:
         torch.save(dict(model=weights, **result, **about), file)
 
@@ -334,8 +349,8 @@ def resume_run(checkpoint, model, teacher, optimizer, options):
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError:
-        raise UserError(f"{options.out_dir}/last.pt was trained with another optimizer, lr_scale "
-                        "or weight_decay") from None
+        raise UserError(f"{options.out_dir}/last.pt was trained with a different optimizer, "
+                        "lr_scale or weight_decay") from None
     for group, settings in zip(optimizer.param_groups, given):
         group.update(settings)
     return checkpoint["state"]

@@ -4,7 +4,7 @@ Score a captioner on a split of a prepared folder or on your own images: CIDEr-D
     python evaluate.py --out_dir out/nano --data_dir data/flickr8k --split val
     python evaluate.py --out_dir out/nano --images photos/ --captions captions.jsonl --sheet s.png
 
-Scores equal pycocoevalcap's, without Java; from Python they are in nanocaption/metrics.py.
+Scores match pycocoevalcap's without needing Java. From Python, use nanocaption/metrics.py.
 """
 import io
 import json
@@ -44,7 +44,8 @@ def parse_args():
     add("--split", help="of data_dir (default: val) or, if it has splits, of --captions "
                         "(default: all)")
     add("--images", help="instead of data_dir: a folder, .zip or .tar of images")
-    add("--captions", help="their references, in any format that prepare_flickr.py reads")
+    add("--captions", help="caption file with references for --images, in any format that "
+                           "prepare_flickr.py reads")
     add("--limit", type=int, help="maximum number of images")
     add("--beam", type=int, default=3, help="beam size; 1 is greedy (default: %(default)s)")
     add("--max_tokens", type=int, help="maximum caption length (default: as in training)")
@@ -98,8 +99,8 @@ class ImageFiles:
         self.images = images
         self.entries = list_images(images)
         if None in self.entries.values():
-            raise UserError(f"--images {images} is a compressed tar, which cannot be read in any "
-                            "order; unpack it first")
+            raise UserError(f"--images {images} is a compressed tar, which does not allow "
+                            "random access; unpack it first")
         texts = read_references(captions, split)
         self.paths = match_names(texts, self.entries)
         for name in texts:
@@ -217,7 +218,7 @@ def print_table(result):
         print(f"{title:26}" + "".join(cells))
     print(f"loss {result['loss']:.4f} nats per token ({result['bits_per_char']:.4f} bits per "
           f"character) on the references; {result['loss_shuffled']:.4f} with shuffled images")
-    print("* each reference against the image's others: one reference fewer than the other rows")
+    print("* each reference scored against the image's other references")
 
 
 def draw_extremes(path, source, texts, scores, size):
@@ -260,9 +261,9 @@ def main():
         warn(f"{n_cut:.0f} references were cut to {captioner.model.max_tokens} tokens for the "
              "loss, so bits per character are too low")
     if n < 100:
-        warn("CIDEr is unreliable below 100 images: it weighs words by how rare they are")
+        warn("CIDEr is unreliable below 100 images: it weights words by their rarity")
     if n > 1 and shuffled_ce - ce < 0.01 * n_tokens:
-        warn("the model hardly looks at its images: the loss is "
+        warn("the model barely uses its images: the loss is "
              f"{shuffled_ce / n_tokens:.4f} with shuffled images and {ce / n_tokens:.4f} with "
              "their own")
 

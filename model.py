@@ -23,13 +23,13 @@ from nanocaption.search import beam_search, sample
 
 @dataclass
 class ModelOptions:
-    """The architecture: what a checkpoint's weights fit."""
+    """The architecture; a checkpoint only loads into a model with the same options."""
     image_size: int = 128       # input resolution; images of any other size are resized to it
-    patch_size: int = 16
-    n_layer_encoder: int = 4
-    n_layer_decoder: int = 3
-    n_head: int = 4
-    n_embd: int = 256
+    patch_size: int = 16        # pixels per side
+    n_layer_encoder: int = 4    # encoder blocks
+    n_layer_decoder: int = 3    # decoder blocks
+    n_head: int = 4             # attention heads
+    n_embd: int = 256           # width
     n_embd_encoder: int = 0     # encoder width, if different (0: n_embd)
     n_head_encoder: int = 0     # encoder heads, if different (0: n_head)
     block_size: int = 64        # maximum caption length in tokens, including EOT and any prefix
@@ -37,7 +37,7 @@ class ModelOptions:
     n_query: int = 0            # pool the patches into this many learned queries (0: no pooling)
     local_conv: bool = False    # a depthwise 3x3 convolution before each encoder block
     unigram: float = 0.0        # weight of a loss that predicts words from the mean patch
-    dropout: float = 0.0
+    dropout: float = 0.0        # on embeddings and on the output of each sub-layer
     word_dropout: float = 0.0   # probability of hiding an input word from the decoder in training
     encoder_family: str = "own"  # set by --encoder
     decoder_family: str = "own"  # set by --decoder
@@ -65,8 +65,8 @@ class ModelOptions:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.local_conv and self.encoder_family != "own":
-            raise ValueError(f"local_conv needs an encoder of our own, not {self.encoder_family}; "
-                             "use --local_conv=False")
+            raise ValueError("local_conv works only with the built-in encoder, not "
+                             f"{self.encoder_family}; use --local_conv=False")
         for n_embd, n_head in (
             (self.n_embd, self.n_head),
             (self.encoder_width, self.encoder_heads),
@@ -91,7 +91,7 @@ def merge_heads(x):
 def attention(q, k, v, mask=None):
     """
     Scaled dot-product attention (arXiv 1706.03762): q (B, H, T, D), k and v (B, H, S, D) ->
-    (B, H, T, D). mask: bool (B, 1, T, S), True where a query may look.
+    (B, H, T, D). mask: bool (B, 1, T, S), True where a query may attend.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -331,8 +331,8 @@ def pack(captions, eot_token, max_tokens):
 
 def caption_mask(segment, n_prefix=0):
     """
-    segment (B, T) -> bool (B, 1, P + T, P + T), True where a token may look: at earlier tokens of
-    its own caption and at the whole prefix.
+    segment (B, T) -> bool (B, 1, P + T, P + T), True where a token may attend: its own
+    caption up to itself, and the whole prefix.
     """
     segment = F.pad(segment, (n_prefix, 0))
     same_caption = segment[:, :, None] == segment[:, None, :]
@@ -414,7 +414,7 @@ class Captioner(nn.Module):
     def encode(self, images):
         """Images, see normalize, or a frozen encoder's features (B, N, c) -> (B, N, C)"""
         if images.ndim == 3:
-            return self.encoder.head(images.float())
+            return self.encoder.head(images)
         return self.encoder(self.normalize(images))
 
     def image_keys_values(self, image):
@@ -450,24 +450,24 @@ class Captioner(nn.Module):
         """
         Returns the training loss and the plain cross-entropy in nats, both summed over tokens. With
         a teacher, alpha is the weight of its soft targets (arXiv 2107.07651). captions may hold an
-        "advantage", float (B, T), that weighs each token's loss: self-critical training.
+        "advantage", float (B, T), that weights each token's loss: self-critical training.
         """
         # the loss skips padding
-        tokens = (captions["targets"].flatten() >= 0).nonzero()[:, 0]  # (n,)
-        targets = captions["targets"].flatten()[tokens]
+        valid = (captions["targets"].flatten() >= 0).nonzero()[:, 0]  # (n,)
+        targets = captions["targets"].flatten()[valid]
         advantage = captions.get("advantage")
         if advantage is not None:
-            advantage = advantage.flatten()[tokens]
+            advantage = advantage.flatten()[valid]
         soft = None
         if teacher is not None and alpha:
             with torch.no_grad():
                 hidden = teacher.decode(teacher.encode(images), captions)
-            soft = hidden.flatten(0, 1)[tokens], teacher.wte.weight
+            soft = hidden.flatten(0, 1)[valid], teacher.wte.weight
         image = self.encode(images)
-        hidden = self.decode(image, captions).flatten(0, 1)[tokens]  # (n, C)
+        hidden = self.decode(image, captions).flatten(0, 1)[valid]  # (n, C)
         loss, ce = head_loss(hidden, self.wte.weight, targets, soft, alpha, smoothing, advantage)
         if self.options.unigram and self.training:
-            row = tokens // captions["targets"].size(1)
+            row = valid // captions["targets"].size(1)
             unigram_loss = self.unigram_loss(image, row, targets)
             # SCST has no use for it, but DDP wants every parameter in the graph
             weight = self.options.unigram if advantage is None else 0.0
@@ -486,16 +486,16 @@ class Captioner(nn.Module):
     @torch.no_grad()
     def cross_entropy(self, image, captions):
         """Encoded images and packed captions -> cross-entropy in nats, summed over tokens."""
-        tokens = (captions["targets"].flatten() >= 0).nonzero()[:, 0]
-        hidden = self.decode(image, captions).flatten(0, 1)[tokens]
-        targets = captions["targets"].flatten()[tokens]
+        valid = (captions["targets"].flatten() >= 0).nonzero()[:, 0]
+        hidden = self.decode(image, captions).flatten(0, 1)[valid]
+        targets = captions["targets"].flatten()[valid]
         _, ce = head_loss(hidden, self.wte.weight.detach(), targets)
         return ce
 
     # -------------------------------------------------------------------------
     # generation
 
-    # search.py drives prefill, step and reorder_cache
+    # functions of search.py, as methods; they drive prefill, step and reorder_cache
     beam_search = beam_search
     sample = sample
 

@@ -280,10 +280,10 @@ def convert(args, source):
         f"{out_dir}: vocabulary of {meta['vocab_size']:,}, {time.monotonic() - start:.0f} seconds"
     )
     if args.split_files:
-        print(f"captioned images in no list: {len(captions) - len(splits):,}")
+        print(f"captioned images not in any list: {len(captions) - len(splits):,}")
     unused = [path for path in entries if has_image_extension(path) and path not in texts]
     if unused:
-        print(f"images without captions or in no list: {len(unused):,}, such as {unused[0]}")
+        print(f"images without captions or not in any list: {len(unused):,}, such as {unused[0]}")
     count = Counter(kind for kind, _ in skipped)
     line = f"skipped images: {count['image']:,}, captions: {count['caption']:,}"
     if skipped:

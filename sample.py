@@ -39,7 +39,8 @@ def parse_args():
     add("--out_dir", default=BUNDLED,
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
     add("--beam", type=int, help="beam size; 1 is greedy (default: 3)")
-    add("--num_samples", type=int, default=1, help="sample this many captions instead")
+    add("--num_samples", type=int, default=1,
+        help="sample this many captions per image instead of beam search")
     add("--temperature", type=float, default=1.0, help="sampling temperature")
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
     add("--top_p", type=float, default=1.0,
@@ -59,7 +60,7 @@ def parse_args():
     add("--sheet", metavar="PNG", help="write a contact sheet of the images and captions")
     args = parser.parse_args()
     if args.beam and args.num_samples > 1:
-        parser.error("--beam searches and --num_samples samples; use one of them")
+        parser.error("--beam and --num_samples cannot be combined")
     check_ranges(args, beam=(1, 1e4), num_samples=(1, 1e5), top_k=(0, 1e9),
                  no_repeat_ngram=(0, 1e9), min_tokens=(0, 1e9), max_tokens=(1, 1e9),
                  batch_size=(1, 1e6), limit=(1, 1e12), length_penalty=(0, 100),

@@ -230,7 +230,7 @@ def test_head_loss_is_cross_entropy_with_its_gradients(alpha, smoothing):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_head_loss_weighs_tokens_by_their_advantage(bf16):
+def test_head_loss_weights_tokens_by_their_advantage(bf16):
     torch.manual_seed(0)
     hidden = torch.randn(300, 16, requires_grad=True)
     weight = torch.randn(700, 16, requires_grad=True)
@@ -464,7 +464,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     (dict(image_size=20), "multiple"),
     (dict(n_head=5), "n_head"),
     (dict(bridge="prefix", block_size=4), "no room"),
-    (dict(local_conv=True, encoder_family="vit"), "local_conv needs"),
+    (dict(local_conv=True, encoder_family="vit"), "local_conv works only"),
     (dict(dropout=1.0), "dropout"),
 ])
 def test_options_that_cannot_be_built_say_why(wrong, message):

@@ -47,50 +47,51 @@ SAVE_SECONDS = 300  # of training, between checkpoints without an evaluation
 
 @dataclass
 class Options(ModelOptions):
+    """All options. The comment beside a field is its --help text."""
     # I/O
     data_dir: str = "data/flickr8k"   # written by prepare_flickr.py
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
-    init_from: str = "scratch"        # scratch, resume, or a checkpoint to fine-tune
+    init_from: str = "scratch"        # scratch, resume (if there is a run), or a checkpoint
     force: bool = False               # overwrite the run in out_dir
     log_interval: int = 20            # steps between lines of the log
-    eval_interval: int = 500          # steps between evaluations, each of which saves a checkpoint
+    eval_interval: int = 500          # steps between evaluations, each with a checkpoint
     eval_images: int = 1000           # how many validation images to use
     # duration: whichever limit comes first; 0 means no limit
     max_iters: int = 0
     max_minutes: float = 0.0          # training time, not counting evaluation
-    batch_size: int = 32              # images a step, over all ranks and micro-steps
-    grad_accum: int = 1               # micro-steps a step: same gradient, less memory
+    batch_size: int = 32              # images per step, over all ranks and micro-steps
+    grad_accum: int = 1               # micro-steps per step: same gradient, less memory
     # augmentation
     crop: float = 1.0                 # minimum area of a random crop (1: no cropping)
-    flip: bool = False                # mirror half the images, unless a caption names a side
-    jitter: float = 0.0               # of brightness, contrast and saturation
+    flip: bool = False                # mirror half the images, unless a caption says left or right
+    jitter: float = 0.0               # strength of brightness, contrast and saturation jitter
     # loss
     smoothing: float = 0.0            # label smoothing
-    alpha: float = 0.0                # weight of the teacher's soft targets, after one epoch
-    momentum: float = 0.999           # of the teacher, a moving average of the weights
-    samples: int = 0                  # self-critical training with this many samples (0: off)
+    alpha: float = 0.0                # weight of the teacher's soft targets, after epoch 1
+    momentum: float = 0.999           # decay of the teacher, a moving average of the weights
+    samples: int = 0                  # self-critical training: samples per image (0: off)
     # optimizer
     optimizer: str = "adamw"          # adamw, or muon for the matrices of the blocks
-    learning_rate: float = 1e-3       # of AdamW
-    muon_lr: float = 0.02
+    learning_rate: float = 1e-3       # peak learning rate of AdamW
+    muon_lr: float = 0.02             # peak learning rate of Muon
     lr_scale: str = ""                # factors by regular expression, e.g. "encoder=0.1 wte=0.5"
-    weight_decay: float = 0.1         # of matrices
+    weight_decay: float = 0.1         # for matrices only
     grad_clip: float = 1.0            # maximum norm of the gradient (0: no clipping)
     warmup_iters: int = 100           # steps of linear warmup, before cosine decay to 0
     # pretrained parts, see pretrained.py
     encoder: str = ""                 # Hugging Face name or folder, e.g. facebook/dinov2-small
-    decoder: str = ""                 # likewise, e.g. gpt2
+    decoder: str = ""                 # Hugging Face name or folder, e.g. gpt2
     freeze_encoder: bool = False      # its features are computed once: see nanocaption/views.py
     views: int = 1                    # fixed views of each image under a frozen encoder
     cache_features: bool = True       # keep the features of all views on disk
     lora_rank: int = 0                # train LoRA adapters instead of the decoder's own weights
-    lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get one
+    lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get an adapter
     # system
     device: str = "auto"              # cpu, cuda or mps
-    dtype: str = "auto"               # bfloat16 or float32 products; auto: whichever is faster
+    dtype: str = "auto"               # bfloat16, float32, or auto (whichever is faster)
     compile: bool = False             # torch.compile: slow to start, faster on a GPU
     recompute: bool = False           # activation checkpointing in the decoder: slower, less memory
-    seed: int = 0
+    seed: int = 0                     # of weights, data order, augmentation and dropout
 
     def check_run(self):
         """Raises ValueError, in one line, for values that make no sense; see also check."""
@@ -107,7 +108,7 @@ class Options(ModelOptions):
             raise ValueError("self-critical training needs samples >= 2, alpha=0 and smoothing=0")
         if not self.max_iters and not self.max_minutes:
             raise ValueError("set --max_iters or --max_minutes (or use a config that does)")
-        if self.freeze_encoder and not self.encoder:
+        if self.freeze_encoder and not self.encoder and self.encoder_family == "own":
             raise ValueError("freeze_encoder needs a pretrained encoder; name one with --encoder")
         if self.lora_rank and not self.decoder:
             raise ValueError("lora_rank needs a pretrained decoder; name one with --decoder")
@@ -133,12 +134,17 @@ def read_options(argv):
             setattr(options, name, value)
         if "image_size" not in source:
             options.image_size = native_image_size(options.encoder) or options.image_size
+    check_options(options)
+    return options, source
+
+
+def check_options(options):
+    """Raises UserError, in one line, for options that make no sense."""
     try:
         options.check()
         options.check_run()
     except ValueError as error:
         raise UserError(str(error)) from None
-    return options, source
 
 
 # -----------------------------------------------------------------------------
@@ -226,8 +232,9 @@ class TrainSplit:
 
 def make_teacher(model):
     """A copy of the model that is never trained, in eval mode. It shares frozen parameters."""
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    teacher = copy.deepcopy(model, frozen)
+    # deepcopy's memo: what is in it is shared, not copied
+    memo = {id(p): p for p in model.parameters() if not p.requires_grad}
+    teacher = copy.deepcopy(model, memo)
     return teacher.requires_grad_(False).eval()
 
 
@@ -274,7 +281,7 @@ class ValSplit:
 def evaluate(model, val, rank, world):
     """
     Returns a model's scores and its captions. Scores: loss in nats per token; the loss with
-    shuffled images, no higher than the loss if the model ignores its images; CIDEr of greedy
+    shuffled images, about the same if the model ignores its images; CIDEr of greedy
     captions; the fraction of distinct captions.
     """
     model.eval()
@@ -284,10 +291,10 @@ def evaluate(model, val, rank, world):
     # ranks take turns
     for start in range(rank * 64, n, world * 64):
         index = list(range(start, min(start + 64, n)))
-        # one image more, for the shuffled loss
-        images, _ = val.get_batch([*index, (index[-1] + 1) % n], model)
-        _, captions = val.get_batch(index, model)
-        encoded = model.encode(images)
+        images, captions = val.get_batch(index, model)
+        # one more image, for the shuffled loss
+        following, _ = val.get_batch([(index[-1] + 1) % n], model)
+        encoded = model.encode(torch.cat([images, following]))
         ce = model.cross_entropy(encoded[:-1], captions).item()
         shuffled_ce = model.cross_entropy(encoded[1:], captions).item()
         n_tokens = (captions["targets"] >= 0).sum().item()
@@ -352,8 +359,8 @@ class State:
         self.sums = [a + float(b) for a, b in zip(self.sums, step)]
 
 
-def get_lr(step, progress, options):
-    """The factor of the learning rates: linear warmup, then cosine decay to 0."""
+def lr_multiplier(step, progress, options):
+    """Linear warmup times cosine decay to 0: every learning rate is multiplied by this."""
     warmup = min((step + 1) / (options.warmup_iters + 1), 1.0)
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -367,13 +374,14 @@ def compile_parts(options, *models):
 
 def build_model(options, data, checkpoint, resume):
     """The model on the CPU, with the checkpoint's weights if there is one."""
+    check_options(options)  # again: find_start may have changed some
     if options.image_size > data.image_size:
         raise UserError(f"image_size {options.image_size} exceeds the {data.image_size} that "
                         f"{options.data_dir} was prepared with; train at a smaller one, or "
                         "prepare it with a larger --image_size")
     pattern = DECODER_PATTERNS.get(options.decoder_family)
     if options.decoder and data.meta["pattern"] != pattern:
-        raise UserError(f"{options.data_dir} was prepared with another tokenizer than that of "
+        raise UserError(f"{options.data_dir} was not prepared with the tokenizer of "
                         f"{options.decoder}; prepare it again with --tokenizer {options.decoder}")
     torch.manual_seed(options.seed)
     model = make_model(options, data.vocab_size, data.mean, data.std, data.token_ids,
@@ -395,7 +403,8 @@ def finish(options, state, stopped, stop, rank, world):
         dist.destroy_process_group()
     if stopped and state.progress(options) < 1:
         if rank == 0:
-            print(f"stopped at step {state.step}; --init_from=resume continues", file=sys.stderr)
+            print(f"stopped at step {state.step}; rerun with --init_from=resume to continue",
+                  file=sys.stderr)
         # this or another rank was told to stop
         sys.exit(128 + (stop.number or signal.SIGTERM))
 
@@ -410,7 +419,7 @@ def main():
     data = Dataset(options.data_dir)
     lock = lock_folder(options.out_dir) if rank == 0 and Path(options.out_dir).is_dir() else None
     checkpoint, resume = find_start(options, source, data, rank)
-    autocast, reason = make_autocast(options, device, resume, world)
+    autocast, reason = make_autocast(options, device, source, world)
     model = build_model(options, data, checkpoint, resume).to(device)
     teacher = make_teacher(model)
     optimizer = make_optimizer(model, options)
@@ -422,7 +431,7 @@ def main():
     compile_parts(options, model, teacher)
     ddp_model = DistributedDataParallel(model) if world > 1 else model
 
-    # nobody writes before everybody agrees
+    # no rank writes anything until all ranks agree
     about = about_run(options, data)
     facts = dict(about["options"], data_dir="", step=state.step, data=data.fingerprint)
     check_ranks_agree(facts, rank, world)
@@ -443,9 +452,9 @@ def main():
         index, epochs = next_batch(state.images, len(train), options)
 
         # learning rate, and the teacher's weight in the loss
-        lr = get_lr(state.step, state.progress(options), options)
+        multiplier = lr_multiplier(state.step, state.progress(options), options)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr
+            group["lr"] = group["initial_lr"] * multiplier
         alpha = options.alpha * min(1, state.images / len(train))
 
         # forward and backward, with optional gradient accumulation
@@ -454,14 +463,14 @@ def main():
         shards = np.split(np.arange(len(index)), options.grad_accum * world)
         for micro_step in range(options.grad_accum):
             shard = shards[micro_step * world + rank]
-            seed = hash((options.seed, state.step, micro_step, rank))
+            seed = hash((options.seed, state.step, micro_step, rank))  # of ints: reproducible
             images, captions = train.get_batch(index[shard], epochs[shard], model)
             with autocast:
                 if options.samples:
                     captions, minus_reward = train.sample_batch(images, index[shard], model, seed)
                 model.train()
                 torch.manual_seed(seed)  # of dropout
-                # gradients are averaged over ranks in the last micro-step only
+                # DDP averages gradients over ranks, hence * world below; once per step is enough
                 ddp_model.require_backward_grad_sync = micro_step == options.grad_accum - 1
                 loss, ce = ddp_model(images, captions, teacher, alpha, options.smoothing)
             (loss * world / n_tokens).backward()
@@ -477,7 +486,7 @@ def main():
             update_teacher(teacher, model, momentum)
         optimizer.zero_grad()
 
-        # agree on what ranks see differently: the loss, the clock, Ctrl-C
+        # sync what differs between ranks: the loss, the clock, Ctrl-C
         seconds = time.perf_counter() - start if rank == 0 else 0.0
         ce = ce_sum.item() if finite else 0.0
         ce, seconds, stopped = all_reduce([ce, seconds, stop.number], world)
@@ -488,9 +497,9 @@ def main():
         done = state.progress(options) >= 1
         evaluating = done or state.step % options.eval_interval == 0
         if rank == 0 and state.skipped:
-            report_skipped(options, state, lr)
+            report_skipped(options, state, multiplier)
         if rank == 0 and state.step % options.log_interval == 0:
-            log_step(options, state, len(train), lr, grad_norm)
+            log_step(options, state, len(train), multiplier, grad_norm)
         if evaluating:
             with autocast:
                 evaluate_both(model, teacher, val, about, state, rank, world)

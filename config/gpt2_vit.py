@@ -1,12 +1,12 @@
-# A frozen ViT-B/16 (85.8M parameters) and GPT-2. Trained are GPT-2's 124M parameters, less the
-# unused part of the vocabulary, and 28M of cross-attention. Not run on real weights yet.
+# A frozen ViT-B/16 (85.8M parameters) and GPT-2. Trains GPT-2's 124M parameters (minus the
+# unused part of the vocabulary) and 28M of new cross-attention. Not run on real weights yet.
 #   python prepare_flickr.py --image_size 224 --tokenizer gpt2 --keep_used \
 #       --out_dir data/flickr30k-gpt2
 data_dir = "data/flickr30k-gpt2"
 out_dir = "out/gpt2_vit"
 encoder = "google/vit-base-patch16-224-in21k"
 freeze_encoder = True
-# eight random views of each image; stored, their features would take 70 GB
+# as is, mirrored, and six random crops; caching their features would take 70 GB
 views = 8
 cache_features = False
 decoder = "gpt2"

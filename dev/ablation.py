@@ -36,7 +36,8 @@ VARIANTS = {  # name: options that differ from config/nano.py
     PRETRAINED: ["--decoder=out/gpt2_captions"],
 }
 SCORES = ("cider", "bleu4", "loss", "loss_shuffled", "bits_per_char", "distinct")
-INTRODUCTION = """Written by `python dev/ablation.py`. Each run is config/nano.py with one change.
+INTRODUCTION = """Written by `python dev/ablation.py`. Each row is config/nano.py with the listed
+changes.
 Scores are means over seeds on Flickr8k's dev split (1,000 images, beam search); CIDEr is also given
 by seed. The shuffled gap is how much shuffled images raise the loss, in bits per character."""
 HEADER = """| | steps | loss, bits per character | shuffled gap | CIDEr | by seed | distinct |
@@ -54,7 +55,7 @@ Three results hold for CIDEr and loss in both seeds:
 * Muon beats AdamW.
 * Linear patches beat strided convolutions.
 * The teacher in the loss costs more than it gains in runs this short: there are a fifth fewer
-  steps, and we suspect that the teacher does not know enough yet.
+  steps, and we suspect that the teacher is still too weak.
 
 A decoder pretrained on the captions gains a little CIDEr at the same loss.
 
@@ -141,7 +142,7 @@ def write_table(results, minutes):
 def main():
     """See the top of this file."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=12, help="of each run (default: 12)")
+    parser.add_argument("--minutes", type=float, default=12, help="minutes per run (default: 12)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1],
                         help="none: only write the table (default: 0 1)")
     args = parser.parse_args()

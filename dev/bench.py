@@ -2,7 +2,7 @@
 Measures the speed of training, captioning and preparing, against what the machine can do and, with
 --peer, against Hugging Face's VisionEncoderDecoderModel of the same sizes.
 
-    python dev/bench.py --peer              # all but load; draws its own images and captions
+    python dev/bench.py --peer              # everything except load, on generated data
     python dev/bench.py train --config config/base.py --device cuda
     python dev/bench.py load                # memory while a large decoder is read; 2 GB of disk
 
@@ -351,7 +351,7 @@ def step_memory(ours, device):
 
 class Peer:
     """
-    A VisionEncoderDecoderModel of the same sizes, trained as is usual: one row per caption, each
+    A VisionEncoderDecoderModel of the same sizes, trained the usual way: one row per caption, each
     with its image.
     """
 
@@ -400,7 +400,7 @@ def make_peer_model(options, vocab_size):
 
 
 def peer_labels(captions):
-    """Packed captions -> int64 (R, T): one row a caption, padded with -100."""
+    """Packed captions -> int64 (R, T): one row per caption, padded with -100."""
     rows = []
     for targets, segment in zip(captions["targets"], captions["segment"]):
         for number in range(1, int(segment.max()) + 1):
@@ -732,7 +732,7 @@ def write_safetensors(path, shapes):
 # the command
 
 def print_results(results, indent=0):
-    """Prints a nested dict, one number a line."""
+    """Prints a nested dict, one number per line."""
     for key, value in results.items():
         key = " " * indent + key
         if isinstance(value, dict):
@@ -754,7 +754,7 @@ def main():
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda or mps (default: the best available)")
     parser.add_argument("--peer", action="store_true",
-                        help="also Hugging Face's model; needs transformers")
+                        help="also measure Hugging Face's model; needs transformers")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()

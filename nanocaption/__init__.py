@@ -1,1 +1,1 @@
-"""The parts of nanoCaption: each is readable on its own and imports nothing from above."""
+"""The parts of nanoCaption: each can be read on its own, and none imports the top-level scripts."""

@@ -1,4 +1,4 @@
-"""Reads the caption files that Flickr8k, Flickr30k, COCO and others are distributed as."""
+"""Reads caption files in the formats of Flickr8k, Flickr30k, COCO and others."""
 import contextlib
 import csv
 import json

@@ -21,7 +21,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """A mistake of the user's, described in one line: run() prints it and exits with code 2."""
+    """A user's mistake, described in one line: run() prints it and exits with code 2."""
 
 
 def one_line(text):
@@ -64,7 +64,7 @@ def check_ranges(options, **ranges):
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"{name} must be from {low:g} to {high:g}, not {value}")
+            raise UserError(f"{name} must be between {low:g} and {high:g}, not {value}")
 
 
 def run(main):
@@ -89,7 +89,7 @@ def run(main):
         code = 1
         message = f"error: {error}"
         if getattr(error, "errno", None) in NO_SPACE:
-            message += "; make room, then run the same command again"
+            message += "; free up some space, then run the same command again"
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -227,7 +227,7 @@ def write_dataset(out_dir, splits, image_size, tokenizer="bpe", vocab_size=8192,
 
     splits: {"train": (names, captions, images), ...} with names list[str], captions
     list[list[str]] and images an iterable of uint8 (image_size, image_size, 3), in the same order.
-    tokenizer: "bpe" or what else read_tokenizer takes.
+    tokenizer: "bpe" or anything else that read_tokenizer accepts.
     """
     known = read_tokenizer(tokenizer)
     clear_dataset(out_dir)
@@ -298,7 +298,7 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
         counts[split] = write_tokens(f"{out_dir}/{split}", captions, encoding)
 
     mean, std = pixel_statistics(f"{out_dir}/train_images.bin", len(splits["train"][0]), image_size)
-    # so that other images with the same captions have another fingerprint
+    # so that different images with the same captions get a different fingerprint
     fingerprint.update(json.dumps([mean, std]).encode())
     meta = {
         "version": VERSION,

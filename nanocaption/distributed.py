@@ -52,8 +52,8 @@ def gather(value, world):
 
 def check_ranks_agree(facts, rank, world):
     """
-    facts: {name: value}. If a rank has another value than rank 0, rank 0 raises UserError and the
-    others exit.
+    facts: {name: value}. If a rank has a different value from rank 0, rank 0 raises UserError and
+    the others exit.
     """
     everyone = gather(facts, world)
     for other_rank, others in enumerate(everyone):

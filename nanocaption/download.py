@@ -187,7 +187,7 @@ def receive(reply, url, part, have, have_tag):
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(part))).free
     if length > free:
         raise OSError(
-            f"{url}: needs {length / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; make room"
+            f"{url}: needs {length / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free up some space"
         )
     if tag:
         with atomic_write(f"{part}.tag") as file:

@@ -1,5 +1,5 @@
 """
-What a frozen network makes of each image and view, computed once: data_dir/features-KEY/.
+A frozen encoder's features of each view of each image, stored in data_dir/features-KEY/.
 
 SPLIT.bin       float16 (N, V, n, C)    V views of each image, n vectors each
 SPLIT_crc.bin   uint32 (chunks,)        CRC-32 of each chunk of images; 0 until it is computed

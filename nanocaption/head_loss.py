@@ -81,7 +81,7 @@ def head_loss(hidden, weight, targets, teacher=None, alpha=0.0, smoothing=0.0, a
     loss, and the plain cross-entropy in nats, which has no gradient. The training loss has label
     smoothing (arXiv 1512.00567) and, with teacher = (hidden, weight) of another model, its soft
     targets at weight alpha (arXiv 2107.07651): (1 - alpha) CE(targets) + alpha CE(teacher's
-    probabilities). advantage, float (n,), weighs the tokens in the training loss.
+    probabilities). advantage, float (n,), weights the tokens in the training loss.
 
     The (n, V) logits are never materialized: each chunk of them is overwritten with its gradient
     while still in cache.

@@ -1,5 +1,5 @@
 """
-Caption metrics without Java: CIDEr-D, BLEU-1..4 and ROUGE-L, equal to pycocoevalcap's.
+Caption metrics without Java: CIDEr-D, BLEU-1..4 and ROUGE-L, matching pycocoevalcap's.
 
     references = cider_references([[tokenize(text) for text in texts] for texts in references])
     score, scores = cider([tokenize(text) for text in captions], references)
@@ -43,7 +43,7 @@ TOKEN = re.compile(rf"""
   | \w[\w.+-]*@[\w-]+(?:\.[\w-]+)* | [@#]{L}+
   | (?:{W}[\w-]*\.)+(?:com|net|org|edu)\b(?:/[^\s"<>|(){{}}]*[\w/])?
   | </?[a-z][^<>\s]*>                                                            # tags
-  | [<>]?[:;=][-o*']?[()dpo](?!{W})                                              # smileys
+  | [<>]?[:;=][-o*']?[()dpo](?!{W})                                              # emoticons
   | (?:{L}\.)+(?!{L})(?:-{THING})*                                               # U.S. p.m. J.
   | (?:{any_of(ABBREVIATIONS)}|(?-i:{any_of(CAPITAL)}))\.(?!{L})
   | (?:{any_of(NUMBERED)})\.(?=\s?\d|[,;])

@@ -8,8 +8,8 @@ from nanocaption.precision import DTYPES
 
 BETAS = (0.9, 0.98)  # AdamW's
 MOMENTUM = 0.95  # Muon's
-SAFETY = 1.01
-# Coefficients of Polar Express (arXiv 2505.16932), one row an iteration
+SAFETY = 1.01  # Polar Express's safety factor, against rounding
+# Coefficients of Polar Express (arXiv 2505.16932), one row per iteration
 POLAR_EXPRESS = (
     (8.2872, -23.5959, 17.3004),
     (4.1071, -2.9478, 0.5448),
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
         # Nesterov: look one step ahead
         direction = torch.stack(torch._foreach_lerp(gradients, momentum, MOMENTUM))
-        # a fused qkv or kv matrix is three or two square matrices
+        # a matrix of this shape is taken for a fused qkv or kv: three or two square matrices
         fused = rows in (2 * columns, 3 * columns)
         side = columns if fused else rows
         direction = orthogonalize(direction.view(-1, side, columns), self.dtype)
@@ -93,7 +93,7 @@ class Optimizers:
     def load_state_dict(self, states):
         """Restores state_dict's list. Raises ValueError if it belongs to other optimizers."""
         if len(states) != len(self.optimizers):
-            raise ValueError("another number of optimizers")
+            raise ValueError("a different number of optimizers")
         for optimizer, state in zip(self.optimizers, states):
             optimizer.load_state_dict(state)
 

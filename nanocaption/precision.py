@@ -45,14 +45,14 @@ def product_seconds(dtype):
     return best
 
 
-def make_autocast(options, device, resume, world):
+def make_autocast(options, device, source, world):
     """
     Decides options.dtype if it is auto, the same on every rank. Returns the context manager for
-    forward passes and the reason for the dtype.
+    forward passes and the reason for the dtype. source: see parse_options.
     """
     dtype, reason = gather(pick_dtype(options.dtype, device), world)[0]
     options.dtype = str(dtype).removeprefix("torch.")
-    if resume:
+    if source.get("dtype") == "checkpoint":
         reason = "as before"
     return autocast(device, dtype), reason
 

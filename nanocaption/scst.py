@@ -3,7 +3,7 @@ import torch
 
 from nanocaption.metrics import cider, cider_references, document_frequencies, tokenize
 
-END = "<end>"  # the end counts as a word, or captions would learn to stop at "on a"
+END = "<end>"  # the end counts as a word; otherwise captions learn to stop at "on a"
 
 
 def words_and_end(text):
@@ -19,9 +19,9 @@ def train_frequencies(captions):
 @torch.no_grad()
 def sharpen(model):
     """
-    Halves the temperature of the model's words. Label smoothing spreads a tenth of the probability
-    over all words, and a sample that contains such a word teaches only to avoid it. A frozen norm
-    stays as it is.
+    Halves the temperature of the output distribution. Label smoothing spreads a tenth of the
+    probability over all words, and a sample that contains such a word teaches only to avoid it.
+    A frozen norm stays as it is.
     """
     if model.norm.weight.requires_grad:
         model.norm.weight *= 2

@@ -86,7 +86,7 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
     B = len(images)
     k = num_samples
     device = images.device
-    # MPS has had a wrong multinomial: draw on the CPU
+    # torch.multinomial has been buggy on MPS, so sample on the CPU
     generator = torch.Generator().manual_seed(seed)
     caches, image_kv = model.prefill(images, k)
     image = torch.arange(B, device=device)  # images whose captions are not all finished

@@ -34,7 +34,7 @@ def wrap(text, font, width):
 def draw_sheet(path, images, texts, columns=4, size=200):
     """
     Writes a sheet to path, in the format of its extension. images: uint8 (S, S, 3) each, drawn
-    with `size` pixels a side; texts: one str, of any number of lines, for each image.
+    with `size` pixels per side; texts: one str, of any number of lines, for each image.
     """
     font = ImageFont.load_default(13)
     blocks = [wrap(text, font, size) for text in texts]

@@ -8,7 +8,7 @@ import sys
 
 class StopSignal:
     """
-    After SIGINT or SIGTERM, `number` is the signal's (0 before). The caller checks it once a step.
+    After SIGINT or SIGTERM, `number` is the signal's (0 before). train.py checks it once per step.
 
     A second signal exits at once, without saving, and removes half-written files of this process
     from out_dir. quiet: do not print what the signal does.
@@ -22,7 +22,7 @@ class StopSignal:
             signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        """The signal handler. It prints with os.write, for print is not reentrant."""
+        """The signal handler. It uses os.write because print is not reentrant."""
         if self.number:
             # no exception: torch.save would abort the process
             for path in glob.glob(f"{glob.escape(str(self.out_dir))}/*.tmp{os.getpid()}"):

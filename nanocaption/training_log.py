@@ -29,7 +29,7 @@ def describe(options, state, model, train, device, world, reason):
     where = f"{device.type} x {world}" if world > 1 else device.type
     n_tokens = options.batch_size * train.n_tokens.mean()
     text = (f"{n:.2f}M parameters ({n_encoder:.2f}M in the encoder) | {where}, {options.dtype} "
-            f"({reason}) | {len(train)} training images, {options.batch_size} a step "
+            f"({reason}) | {len(train)} training images, {options.batch_size} per step "
             f"(about {n_tokens:.0f} tokens)")
     if train.n_cut:
         text += f" | {train.n_cut} captions cut to {model.max_tokens} tokens"
@@ -47,7 +47,7 @@ def log(out_dir, step, text, **record):
 
 
 def cut_log(path, step):
-    """Drops half-written lines and those after this step, for these steps are run again."""
+    """Drops half-written lines and lines after this step, which will be rerun."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines:
@@ -59,12 +59,12 @@ def cut_log(path, step):
             file.write(b"".join(kept))
 
 
-def log_step(options, state, n_train, lr, grad_norm):
+def log_step(options, state, n_train, multiplier, grad_norm):
     """One line for the training steps since the last such line; resets state.sums."""
     ce, n_tokens, n_images, n_captions, seconds = state.sums
     state.sums = [0.0] * 5
     loss = ce / n_tokens if n_tokens else None
-    lr *= options.learning_rate
+    lr = multiplier * options.learning_rate
     record = dict(
         epoch=state.images / n_train,
         seconds=state.seconds,
@@ -94,11 +94,12 @@ def log_evaluation(out_dir, step, results, texts, references):
     log(out_dir, step, "\n".join(lines), eval=results)
 
 
-def report_skipped(options, state, lr):
+def report_skipped(options, state, multiplier):
     """Logs a step without a finite gradient. Raises ArithmeticError after too many in a row."""
     if state.skipped >= MAX_SKIPPED:
+        lr = multiplier * options.learning_rate
         raise ArithmeticError(f"step {state.step}: no finite gradient for {state.skipped} steps; "
-                              f"lower the learning rate (now {lr * options.learning_rate:.2e}); "
-                              "the last checkpoint is fine")
+                              f"lower the learning rate (now {lr:.2e}); the last checkpoint is "
+                              "fine")
     text = f"step {state.step} skipped: its gradient is not finite"
     log(options.out_dir, state.step, text, skipped=state.skipped)

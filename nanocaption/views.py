@@ -1,5 +1,5 @@
 """
-Fixed views of images under a frozen encoder: it looks at each view once, not once an epoch.
+Fixed views of images under a frozen encoder: each view is encoded once, not once per epoch.
 
 View 0 is the image itself. With flip, view 1 is its mirror image (the image itself, if a caption
 says left or right). Every other view is a random crop with jitter, drawn from (seed, image, view).
@@ -82,9 +82,9 @@ class FrozenViews:
         return np.concatenate(parts)
 
     def read(self, index, views):
-        """The features of images in these views, int (B,) each -> float16 (B, n, c), on the CPU."""
+        """The features of images in these views, int (B,) each -> float32 (B, n, c), on the CPU."""
         if self.features:
-            return torch.from_numpy(self.features.read(index, views))
+            return torch.from_numpy(self.features.read(index, views)).float()
         index = np.asarray(index)
         views = np.asarray(views)
         rows = [None] * len(index)
@@ -92,7 +92,7 @@ class FrozenViews:
             places = np.flatnonzero(views == view)
             for place, row in zip(places, self.compute(index[places], int(view))):
                 rows[place] = row
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack(rows)).float()
 
     def fill(self, data, rank, world):
         """Computes what data_dir/features-KEY/ lacks of this split, then reads from there."""

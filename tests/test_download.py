@@ -164,7 +164,7 @@ def test_download_needs_room(mirror, tmp_path, monkeypatch):
         return shutil._ntuple_diskusage(total=10, used=9, free=1)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    with pytest.raises(OSError, match="make room"):
+    with pytest.raises(OSError, match="free up some space"):
         download.download(f"{mirror.url}/file", str(tmp_path / "file"))
 
 

@@ -1,5 +1,5 @@
 """
-Fault injection: breaks things on purpose and checks that nothing is lost and no error is silent.
+Fault injection: breaks things on purpose; nothing may be lost and every error must be reported.
 
     python -m pytest tests/test_faults.py                # each fault a few times
     python tests/test_faults.py --minutes 30 --seed 1    # as often as time allows; prints a table
@@ -265,7 +265,7 @@ def training_disk_full(folder, rng):
             finish(folder, "train.py", *train_arguments(folder, out_dir.name, rng.randint(3, 9)))
         limit = rng.randint(100, size - 1)
         code, errors = finish(folder, "train.py", *arguments, file_limit=limit)
-        lost = check_error(code, errors, 1, "make room") or check_loadable(out_dir)
+        lost = check_error(code, errors, 1, "free up some space") or check_loadable(out_dir)
         if has_checkpoint and not (out_dir / "last.pt").exists():
             lost = lost or "last.pt is gone"
         if not lost:
@@ -422,7 +422,7 @@ def preparing_disk_full(folder, rng):
         arguments = prepare_arguments(folder, f"full{number}")
         limit = rng.randint(1, largest - 1)
         code, errors = finish(folder, "prepare_flickr.py", *arguments, file_limit=limit)
-        lost = check_error(code, errors, 1, "make room")
+        lost = check_error(code, errors, 1, "free up some space")
         if (folder / f"full{number}/meta.json").exists():
             lost = lost or "meta.json is there"
         lost = lost or check_success(*finish(folder, "prepare_flickr.py", *arguments))
@@ -575,7 +575,7 @@ def download_disk_full(folder, rng):
             path = folder / f"file{number}"
             limit = rng.randint(1000, len(body) - 1)
             code, errors = finish(folder, script, url, path, file_limit=limit)
-            lost = check_error(code, errors, 1, "make room")
+            lost = check_error(code, errors, 1, "free up some space")
             if path.exists():
                 lost = lost or "an incomplete file has the name of the complete one"
             lost = lost or check_success(*finish(folder, script, url, path))

@@ -1,5 +1,4 @@
-"""A frozen encoder looks at each view once: stored features equal computed ones."""
-
+"""A frozen encoder encodes each view once: stored features equal computed ones."""
 import os
 
 import numpy as np
@@ -7,8 +6,10 @@ import pytest
 import torch
 
 from checkpoint import load
-from helpers import one_line_error, read_log, start, tiny_dataset, torchrun, write_config
+from helpers import (one_line_error, random_images, read_log, run, start, tiny_dataset, torchrun,
+                     write_config)
 from nanocaption.features import CHUNK, Features, compute_features
+from nanocaption.generate import caption_images
 from nanocaption.views import make_view, pick_views
 from train import Options
 
@@ -156,3 +157,24 @@ def test_mistakes_are_one_line(data, tmp_path, args, parts):
     one_line_error(done, 2, *parts)
 
 
+
+
+def test_a_published_checkpoint_needs_nothing_else(data, tmp_path, monkeypatch):
+    start(data, tmp_path / "run", options=EYE)
+    out = tmp_path / "whole.pt"
+    run("dev/publish.py", tmp_path / "run", out)
+    images = random_images(3, 64).numpy()
+    expected = caption_images(load(tmp_path / "run", "cpu", "float32"), images)
+    # the weights of the encoder cannot be found any more
+    monkeypatch.setattr("nanocaption.efficientnet.find_weights", None)
+    found = caption_images(load(out, "cpu", "float32"), images)
+    assert [c[0]["text"] for c in found] == [c[0]["text"] for c in expected]
+    # fine-tuned, it stays frozen and whole
+    start(data, tmp_path / "tuned", f"--init_from={out}", options=EYE)
+    before = torch.load(out, weights_only=True)["model"]
+    after = torch.load(tmp_path / "tuned/last.pt", weights_only=True)["model"]
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        frozen = name.startswith(("encoder.network.", "encoder.stem.last."))
+        assert torch.equal(after[name], tensor.float()) or not frozen, name
+    assert not torch.equal(after["wte.weight"], before["wte.weight"].float())

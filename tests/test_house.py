@@ -1,4 +1,4 @@
-"""The rules of the house: who may import whom, line length, docstrings, the size of main."""
+"""Repository rules: allowed imports, line length, docstrings, length of main."""
 import ast
 import shutil
 import subprocess

@@ -160,7 +160,7 @@ def test_overfits_a_few_dozen_images():
             group["lr"] = options.learning_rate * min(1, (step + 1) / 20) * (1 - step / 400)
         optimizer.step()
         optimizer.zero_grad()
-    # which of an image's five captions it is cannot be known; everything else can
+    # which of the image's five captions comes next is unpredictable; everything else is not
     floor = math.log(5) / (n_tokens / 200)
     assert floor - 1e-3 < ce.item() / n_tokens < floor + 0.05
     results = model.eval().beam_search(images, beam=1)

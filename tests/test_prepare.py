@@ -220,7 +220,7 @@ def test_captions_without_images(many, capsys):
     captions |= {"x.png": "a", "y.png": "b"}
     out = succeeds(capsys, *many_arguments(many, captions))
     assert "skipped images: 0, captions: 2" in out
-    assert "images without captions or in no list: 2" in out
+    assert "images without captions or not in any list: 2" in out
     captions["004.png"] = " "
     error = fails(capsys, *many_arguments(many, captions, "--force"))
     assert "3 of 200 captions can't be used" in error
@@ -236,7 +236,7 @@ def test_lists(source, capsys):
     (source / "train.txt").write_text("\ufeff1\r\n1.jpg\r\n2_x.jpg\r\n\r\n4.jpg\r\n")
     out = succeeds(capsys, *arguments(source, split_files=[source / "train.txt"]))
     assert "skipped images: 1," in out
-    assert "captioned images in no list: 1" in out
+    assert "captioned images not in any list: 1" in out
     assert "no val split" in out
     assert list(Dataset(source / "out").splits) == ["train"]
     (source / "val.txt").write_text("2_x")
@@ -435,8 +435,8 @@ def test_flickr30k_from_a_mirror(mirror, source, capsys, monkeypatch):  # noqa: 
 @pytest.mark.parametrize("changed, message", [
     ({"image_sise": 16}, "did you mean --image_size?"),
     ({"image_size": "big"}, "invalid int value"),
-    ({"image_size": 0}, "image_size must be from 8 to 4096, not 0"),
-    ({"vocab_size": 100}, "vocab_size must be from 257 to 65536, not 100"),
+    ({"image_size": 0}, "image_size must be between 8 and 4096, not 0"),
+    ({"vocab_size": 100}, "vocab_size must be between 257 and 65536, not 100"),
     ({"images": "nowhere"}, "nowhere: no such file"),
     ({"images": None}, "both --images and --captions"),
     ({"images": __file__}, "not a folder, a zip or a complete tar"),

@@ -115,7 +115,7 @@ def test_a_full_disk_is_an_error(trained, photos):
     command = [sys.executable, "sample.py", "--image", photos / "a.png", "--out_dir", trained]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, cwd=HERE, stdout=full, stderr=subprocess.PIPE)
-    one_line_error(done, 1, "No space left", "make room")
+    one_line_error(done, 1, "No space left", "free up some space")
 
 
 def test_caption_from_python(trained, photos):

@@ -213,7 +213,7 @@ def test_self_critical_training_sharpens_what_was_smoothed_once(data, tmp_path):
 
 
 def test_steps_without_a_finite_gradient_are_skipped(data, tmp_path):
-    # train.py whose images are NaN from the third step to another one
+    # train.py with NaN images from step 3 to a given step
     worker = tmp_path / "worker.py"
     worker.write_text(PRELUDE + """
 calls = []
@@ -259,7 +259,7 @@ def test_stops_by_minutes_and_reports(data, tmp_path):
     assert steps[-1]["lr"] < steps[len(steps) // 2]["lr"]
     assert set(lines[-1]["eval"]["teacher"]) == {"loss", "loss_shuffled", "cider", "distinct"}
     output = done.stdout.decode()
-    assert re.match(r"[\d.]+M parameters .* cpu, float32 \(as requested\) .* 8 a step", output)
+    assert re.match(r"[\d.]+M parameters .* cpu, float32 \(as requested\) .* 8 per step", output)
     # student and teacher are aligned, above three captions with a reference
     student, teacher, *captions = output.splitlines()[-5:]
     assert student.startswith("  student | loss") and teacher.startswith("  teacher | loss")
@@ -276,7 +276,7 @@ def test_fine_tuning(data, tmp_path):
     start(data, tmp_path / "tuned", f"--init_from={tmp_path / 'out'}", "--learning_rate=0",
           options=dict(n_embd=64))
     weights = best(tmp_path / "out")["model"]
-    assert all(t.dtype == torch.float16 for t in weights.values())
+    assert all(t.dtype == torch.float16 for t in weights.values() if t.shape != (3,))
     given = {name: t.float() for name, t in weights.items()}
     assert_same(last(tmp_path / "tuned")["model"], given)
 

@@ -21,8 +21,8 @@ from nanocaption.sheet import draw_sheet
 
 def derange(scenes, seed):
     """
-    A random permutation, int64 (N,), that gives each place one of another scene. scenes: N
-    comparable values.
+    A random permutation, int64 (N,), that maps each image to one of a different scene.
+    scenes: N sortable values.
     """
     order = np.random.default_rng(seed).permutation(len(scenes))
     order = sorted(order, key=scenes.__getitem__)
@@ -63,7 +63,7 @@ def main():
     blocks = []
     for i in shown:
         verdict = "right" if right[i] else "wrong"
-        blocks.append(f"{verdict}: {texts[i]}\ntruth: {references[i][0]}")
+        blocks.append(f"{verdict}: {texts[i]}\nreference: {references[i][0]}")
     print("\n".join(blocks))
     draw_sheet(args.sheet, images[shown], blocks)
     print(f"with images: {args.sheet}")

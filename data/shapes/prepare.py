@@ -71,7 +71,7 @@ GAP = 0.04  # minimum distance between objects: 2.5 of 64 pixels
 # scenes
 
 class Group(NamedTuple):
-    """Equal objects; size, color and shape are keys of SIZES, COLORS and SHAPES."""
+    """Identical objects; size, color and shape are keys of SIZES, COLORS and SHAPES."""
     n: int
     size: str
     color: str
@@ -201,8 +201,8 @@ def draw_scene(scene, image_size, rng):
             points = [(S * (x + radius * dx), S * (y + radius * dy)) for dx, dy in corners]
             pen.polygon(points, fill)
         else:
-            draw_disc(pen, S, x, y, radius, fill)
-            draw_disc(pen, S, x, y, 0.55 * radius, background)
+            draw_disk(pen, S, x, y, radius, fill)
+            draw_disk(pen, S, x, y, 0.55 * radius, background)
     return np.asarray(image.reduce(4))
 
 
@@ -211,7 +211,7 @@ def vary(color, rng):
     return tuple(max(0, min(255, channel + rng.randint(-15, 15))) for channel in color)
 
 
-def draw_disc(pen, S, x, y, radius, fill):
+def draw_disk(pen, S, x, y, radius, fill):
     """Draws a disc on an image of S pixels a side."""
     box = (x - radius, y - radius, x + radius, y + radius)
     pen.ellipse([S * place for place in box], fill)
@@ -260,8 +260,8 @@ def main():
     if Path(args.out_dir, "meta.json").exists():
         found = Dataset(args.out_dir).meta["source"]
         if found != source:
-            raise UserError(f"{args.out_dir} holds another data set ({found}); delete its "
-                            "meta.json or choose another --out_dir")
+            raise UserError(f"{args.out_dir} already holds a different dataset ({found}); delete "
+                            "its meta.json or choose another --out_dir")
         print(f"{args.out_dir} is up to date")
         return
     splits = {}

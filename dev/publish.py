@@ -1,0 +1,39 @@
+"""
+Write a checkpoint that holds all of its weights, frozen pretrained ones too, in half precision.
+
+    python dev/publish.py out/small_scst out/flickr8k/best.pt
+
+The result needs neither the packages nor the files that the frozen weights came from.
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from checkpoint import build, halve, read_checkpoint
+from nanocaption.cli import Parser, atomic_write, run
+
+KEPT = ("version", "vocab_size", "tokenizer", "fingerprint", "which", "step", "eval")
+
+
+def main():
+    """See the top of this file."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint, or the folder that holds it")
+    parser.add_argument("output", help="the file to write")
+    args = parser.parse_args()
+    checkpoint = read_checkpoint(args.checkpoint)
+    model = build(checkpoint)
+    published = {name: checkpoint[name] for name in KEPT if name in checkpoint}
+    # frozen weights stay frozen in fine-tuning, but are read from here
+    changes = dict(encoder="", decoder="", lora_rank=0)
+    published["options"] = {**checkpoint["options"], **changes}
+    published["model"] = halve(model.state_dict())
+    with atomic_write(args.output) as file:
+        torch.save(published, file)
+    print(f"{args.output}: {Path(args.output).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)
