@@ -252,7 +252,7 @@ def find_start(options, source, data, rank=0):
                         "another --out_dir fine-tunes it")
     if options.init_from == "scratch" or (resume and not last.exists()):
         if resume and rank == 0:
-            print(f"no run to resume in {options.out_dir}; starting from scratch", file=sys.stderr)
+            print(f"no run to resume in {options.out_dir}; starting from scratch", flush=True)
         if options.samples and rank == 0:
             print("warning: self-critical training from random weights; --init_from=PATH starts "
                   "from a trained captioner", file=sys.stderr)
@@ -268,7 +268,8 @@ def find_start(options, source, data, rank=0):
                         f"checkpoint's; prepare it again with --tokenizer {path}")
     if resume and checkpoint["fingerprint"] != data.fingerprint:
         raise UserError(f"{last} was trained on different data from {options.data_dir}; use its "
-                        f"own --data_dir, or --init_from={last} with another --out_dir to fine-tune")
+                        f"own --data_dir, or fine-tune with --init_from={last} and another "
+                        "--out_dir")
     saved = checkpoint["options"]
     for name in sorted(ARCHITECTURE):
         wanted = getattr(options, name)

@@ -544,7 +544,7 @@ def test_the_first_loss_is_the_language_models_own(parts, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("changed, message", [
     (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"),
-    (["--encoder=docs/none"], "neither a folder"),
+    (["--encoder=dev/none"], "neither a folder"),
     (["--n_embd=64"], "n_embd is 32 in"),
     (["--lr_scale=encoder"], "PATTERN=FACTOR"),
     (["--decoder=", "--lora_rank=2"], "lora_rank needs a pretrained decoder"),
