@@ -29,7 +29,7 @@ RENAMED = {  # since version 1, by prefix
     "encoder.positions": "encoder.stem.positions",
     "encoder.norm_first.": "encoder.stem.norm.",
 }
-PRETRAINED = dict(encoder="", decoder="", freeze_encoder=False, lora_rank=0,
+PRETRAINED = dict(encoder="", decoder="", freeze_encoder=False, tune_blocks=0, lora_rank=0,
                   lora_targets="qkv|proj|fc")  # train.py's defaults
 # options that a checkpoint's weights depend on; dropout may change
 ARCHITECTURE = {field.name for field in fields(ModelOptions)} - {"dropout", "word_dropout"}

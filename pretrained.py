@@ -243,7 +243,8 @@ class FeatureEmbedding(nn.Module):
 class HybridEncoder(Encoder):
     """
     n_layer_encoder blocks of ours on the feature map of a convolutional network, which takes the
-    place of the patches (arXiv 2010.11929, section 3.1).
+    place of the patches (arXiv 2010.11929, section 3.1). With freeze_encoder, the network's last
+    tune_blocks blocks are trained all the same.
     """
 
     def __init__(self, options):
@@ -252,15 +253,35 @@ class HybridEncoder(Encoder):
         stem = FeatureEmbedding(network.n_channel, grid * grid, options.encoder_width)
         super().__init__(options, stem)
         self.network = network
+        self.n_frozen = len(network.blocks) - getattr(options, "tune_blocks", 0)
+        if self.n_frozen < 0:
+            raise ValueError(f"tune_blocks is {options.tune_blocks}, but {options.encoder_family} "
+                             f"has {len(network.blocks)} blocks")
 
     def features(self, images):
         # in float32, as when the features of a frozen network are stored
         with torch.autocast(images.device.type, enabled=False):
-            x = self.network(images.float())
-        return x.flatten(2).transpose(1, 2)  # (B, N, n_feature)
+            x = self.network.first(images.float(), self.n_frozen)
+        return x.flatten(2).transpose(1, 2)  # (B, places, channels)
 
     def head(self, features):
-        return super().head(super().features(features))
+        grid = math.isqrt(features.size(1))
+        x = features.transpose(1, 2).unflatten(2, (grid, grid))
+        x = self.network.rest(x, self.n_frozen)
+        x = x.flatten(2).transpose(1, 2)  # (B, N, n_feature)
+        return super().head(super().features(x))
+
+    def tuned_names(self):
+        """The names of the network's parameters that are trained with freeze_encoder."""
+        names = set()
+        for i in range(self.n_frozen, len(self.network.blocks)):
+            # not depthwise kernels: on CPUs their gradient takes longer than all the rest
+            for part in ("expand", "project"):
+                names.add(f"encoder.network.blocks.{i}.{part}.weight")
+                names.add(f"encoder.network.blocks.{i}.{part}.bias")
+        if names:
+            names |= {"encoder.stem.last.weight", "encoder.stem.last.bias"}
+        return names
 
 
 class EfficientNet:
@@ -641,14 +662,16 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
     with torch.device("meta"):
         model = build_captioner(options, vocab_size, mean, std)
     loaded = load_parts(model, options.encoder, options.decoder, ids)
+    tuned = getattr(model.encoder, "tuned_names", set)()
     new = {}
     for name, p in list(model.named_parameters()):
         tensor = loaded.pop(name, None)
         frozen = options.freeze_encoder if name.startswith("encoder.") else options.lora_rank > 0
+        frozen = frozen and name not in tuned
         if tensor is None:
             p = nn.Parameter(torch.empty(p.shape))
             # a published checkpoint brings the weights of its frozen network
-            p.requires_grad_(not (options.freeze_encoder and name.startswith(NETWORK)))
+            p.requires_grad_(not (frozen and name.startswith(NETWORK)))
             new[name] = p
         elif frozen:
             # a frozen encoder runs once per image: exact features are worth more than memory

@@ -82,6 +82,7 @@ class Options(ModelOptions):
     encoder: str = ""                 # Hugging Face name or folder, e.g. facebook/dinov2-small
     decoder: str = ""                 # Hugging Face name or folder, e.g. gpt2
     freeze_encoder: bool = False      # its features are computed once: see nanocaption/views.py
+    tune_blocks: int = 0              # train this many last blocks of a frozen EfficientNet
     views: int = 1                    # fixed views of each image under a frozen encoder
     cache_features: bool = True       # keep the features of all views on disk
     lora_rank: int = 0                # train LoRA adapters instead of the decoder's own weights
@@ -103,13 +104,17 @@ class Options(ModelOptions):
             crop=(0.01, 1), jitter=(0, 1), smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1),
             samples=(0, 1000), unigram=(0, 1e3), views=(1, 1000), learning_rate=(0, 1e3),
             muon_lr=(0, 1e3), weight_decay=(0, 1e3), grad_clip=(0, 1e9), warmup_iters=(0, 1e12),
-            lora_rank=(0, 1e6), seed=(0, 2**32 - 1))
+            tune_blocks=(0, 1e3), lora_rank=(0, 1e6), seed=(0, 2**32 - 1))
         if self.samples == 1 or self.samples and (self.alpha or self.smoothing):
             raise ValueError("self-critical training needs samples >= 2, alpha=0 and smoothing=0")
         if not self.max_iters and not self.max_minutes:
             raise ValueError("set --max_iters or --max_minutes (or use a config that does)")
         if self.freeze_encoder and not self.encoder and self.encoder_family == "own":
             raise ValueError("freeze_encoder needs a pretrained encoder; name one with --encoder")
+        if self.tune_blocks and not self.encoder_family.startswith("efficientnet"):
+            raise ValueError("tune_blocks works only with an EfficientNet encoder")
+        if self.tune_blocks and not self.freeze_encoder:
+            raise ValueError("tune_blocks needs --freeze_encoder (without it, all is trained)")
         if self.lora_rank and not self.decoder:
             raise ValueError("lora_rank needs a pretrained decoder; name one with --decoder")
         try:

@@ -101,9 +101,20 @@ class EfficientNetLite(nn.Module):
         self.n_channel = n_in
 
     def forward(self, x):
+        n = len(self.blocks)
+        return self.rest(self.first(x, n), n)
+
+    def first(self, x, n):
+        """The stem and the first n blocks."""
         x = F.relu6(self.stem(x.contiguous(memory_format=torch.channels_last)))
-        for block in self.blocks:
-            x = block(x)
+        for i in range(n):
+            x = self.blocks[i](x)
+        return x
+
+    def rest(self, x, n):
+        """The blocks after the first n."""
+        for i in range(n, len(self.blocks)):
+            x = self.blocks[i](x)
         return x
 
 
