@@ -209,6 +209,8 @@ class LoadedCaptioner:
     tokenizer: tiktoken.Encoding
     image_size: int  # pixels per side
     dtype: torch.dtype  # of matrix products
+    beam: int = 3  # beam search's defaults for this checkpoint
+    length_penalty: float = 0.5
 
 
 def load(path=BUNDLED, device="auto", dtype="auto"):
@@ -226,7 +228,8 @@ def load(path=BUNDLED, device="auto", dtype="auto"):
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if dtype != torch.float32:
         cast_weights(model, dtype)
-    return LoadedCaptioner(model, tokenizer, model.options.image_size, dtype)
+    return LoadedCaptioner(model, tokenizer, model.options.image_size, dtype,
+                           **checkpoint.get("search", {}))
 
 
 # -----------------------------------------------------------------------------

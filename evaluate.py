@@ -47,10 +47,11 @@ def parse_args():
     add("--captions", help="caption file with references for --images, in any format that "
                            "prepare_flickr.py reads")
     add("--limit", type=int, help="maximum number of images")
-    add("--beam", type=int, default=3, help="beam size; 1 is greedy (default: %(default)s)")
+    add("--beam", type=int, help="beam size; 1 is greedy (default: the checkpoint's)")
     add("--max_tokens", type=int, help="maximum caption length (default: as in training)")
-    add("--length_penalty", type=float, default=0.5,
-        help="beams are ranked by log-probability / length ** length_penalty")
+    add("--length_penalty", type=float,
+        help="beams are ranked by log-probability / length ** length_penalty (default: the "
+             "checkpoint's)")
     add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the faster one)")
@@ -254,6 +255,10 @@ def main():
     else:
         source = PreparedImages(args.data_dir, args.split or "val", args.limit)
     captioner = load(args.out_dir, args.device, args.dtype)
+    if args.beam is None:
+        args.beam = captioner.beam
+    if args.length_penalty is None:
+        args.length_penalty = captioner.length_penalty
     texts, sums = caption_and_loss(captioner, source, args)
     ce, shuffled_ce, n_tokens, n_characters, n_cut = sums.tolist()
     n = len(source.names)

@@ -38,7 +38,7 @@ def parse_args():
     add("--limit", type=int, help="maximum number of images from each folder")
     add("--out_dir", default=BUNDLED,
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
-    add("--beam", type=int, help="beam size; 1 is greedy (default: 3)")
+    add("--beam", type=int, help="beam size; 1 is greedy (default: the checkpoint's)")
     add("--num_samples", type=int, default=1,
         help="sample this many captions per image instead of beam search")
     add("--temperature", type=float, default=1.0, help="sampling temperature")
@@ -49,8 +49,9 @@ def parse_args():
         help="do not repeat n-grams of this length (0: no limit)")
     add("--min_tokens", type=int, default=1, help="minimum caption length")
     add("--max_tokens", type=int, help="maximum caption length (default: as in training)")
-    add("--length_penalty", type=float, default=0.5,
-        help="beams are ranked by log-probability / length ** length_penalty")
+    add("--length_penalty", type=float,
+        help="beams are ranked by log-probability / length ** length_penalty (default: the "
+             "checkpoint's)")
     add("--batch_size", type=int, default=64, help="images at a time")
     add("--seed", type=int, default=0, help="random seed for sampling")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
@@ -153,10 +154,9 @@ def main():
     args = parse_args()
     captioner = load(args.out_dir, args.device, args.dtype)
     found = find_images(args.image, args.split, args.limit)
-    names = ("temperature", "top_k", "top_p", "no_repeat_ngram", "min_tokens", "max_tokens",
+    names = ("beam", "temperature", "top_k", "top_p", "no_repeat_ngram", "min_tokens", "max_tokens",
              "length_penalty", "num_samples", "seed", "batch_size")
     options = {name: getattr(args, name) for name in names}
-    options["beam"] = args.beam or 3
     n_captioned = 0
     sheet = []
     # one batch at a time, to keep memory flat

@@ -6,13 +6,18 @@ from nanocaption.images import load_image
 from nanocaption.precision import autocast
 
 
-def caption_images(captioner, images, beam=3, num_samples=1, batch_size=64, seed=0,
-                   temperature=1.0, top_k=0, top_p=1.0, length_penalty=0.5, **limits):
+def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, seed=0,
+                   temperature=1.0, top_k=0, top_p=1.0, length_penalty=None, **limits):
     """
     Captions of uint8 images (N, S, S, 3) with any S: for each image a list of {"text": str,
     "logprob": float, in nats}. One caption by beam search (beam=1 is greedy), or num_samples > 1
-    sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram; see nanocaption/search.py.
+    sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram; see nanocaption/search.py. The
+    checkpoint has defaults for beam and length_penalty.
     """
+    if beam is None:
+        beam = captioner.beam
+    if length_penalty is None:
+        length_penalty = captioner.length_penalty
     model = captioner.model
     device = model.mean.device
     results = []

@@ -63,6 +63,28 @@ def test_one_step_changes_what_is_ours_and_nothing_else(data, tmp_path):
     assert not ours
 
 
+def test_last_blocks_are_tuned_on_stored_features(data, tmp_path):
+    options = {**EYE, "tune_blocks": 2}
+    start(data, tmp_path / "stored", options=options)
+    start(data, tmp_path / "computed", "--cache_features=False", options=options)
+    assert losses(tmp_path / "stored") == pytest.approx(losses(tmp_path / "computed"), rel=1e-3)
+    # what is tuned is saved, and nothing else of the network
+    last = torch.load(tmp_path / "stored/last.pt", weights_only=True)["model"]
+    tuned = [name for name in last if "network" in name or "stem.last" in name]
+    assert len(tuned) == 2 * 4 + 2
+    start(data, tmp_path / "frozen", options=EYE)
+    frozen = load(tmp_path / "frozen", "cpu", "float32").model.state_dict()
+    for name in tuned:
+        assert not torch.equal(last[name], frozen[name]), name
+    # loaded from the checkpoint and the package, it equals the published one, which holds all
+    run("dev/publish.py", tmp_path / "stored", tmp_path / "whole.pt")
+    images = random_images(3, 64).numpy()
+    texts = []
+    for path in (tmp_path / "stored", tmp_path / "whole.pt"):
+        texts.append(caption_images(load(path, "cpu", "float32"), images))
+    assert [c[0]["text"] for c in texts[0]] == [c[0]["text"] for c in texts[1]]
+
+
 def test_resume_is_exact_on_features(data, tmp_path):
     start(data, tmp_path / "whole", options=EYE)
     start(data, tmp_path / "parts", "--max_iters=3", options=EYE)
@@ -151,20 +173,21 @@ def test_views():
     (["--views=1"], ["--views", "at least 2"]),
     (["--crop=1"], ["--views=4", "crop < 1"]),
     (["--encoder=efficientnet_lite9"], ["efficientnet_lite9"]),
+    (["--tune_blocks=17"], ["tune_blocks is 17", "16 blocks"]),
+    (["--tune_blocks=1", "--freeze_encoder=False"], ["tune_blocks needs --freeze_encoder"]),
 ])
 def test_mistakes_are_one_line(data, tmp_path, args, parts):
     done = start(data, tmp_path / "out", *args, options=EYE, check=False)
     one_line_error(done, 2, *parts)
 
 
-
-
 def test_a_published_checkpoint_needs_nothing_else(data, tmp_path, monkeypatch):
     start(data, tmp_path / "run", options=EYE)
     out = tmp_path / "whole.pt"
-    run("dev/publish.py", tmp_path / "run", out)
+    run("dev/publish.py", tmp_path / "run", out, "--beam=2", "--length_penalty=0")
     images = random_images(3, 64).numpy()
-    expected = caption_images(load(tmp_path / "run", "cpu", "float32"), images)
+    captioner = load(tmp_path / "run", "cpu", "float32")
+    expected = caption_images(captioner, images, beam=2, length_penalty=0)
     # the weights of the encoder cannot be found any more
     monkeypatch.setattr("nanocaption.efficientnet.find_weights", None)
     found = caption_images(load(out, "cpu", "float32"), images)
