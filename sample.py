@@ -40,7 +40,7 @@ def parse_args():
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
     add("--beam", type=int, help="beam size; 1 is greedy (default: the checkpoint's)")
     add("--num_samples", type=int, default=1,
-        help="sample this many captions per image instead of beam search")
+        help="if above 1, sample this many captions per image instead of using beam search")
     add("--temperature", type=float, default=1.0, help="sampling temperature")
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
     add("--top_p", type=float, default=1.0,
@@ -52,7 +52,7 @@ def parse_args():
     add("--length_penalty", type=float,
         help="beams are ranked by log-probability / length ** length_penalty (default: the "
              "checkpoint's)")
-    add("--batch_size", type=int, default=64, help="images at a time")
+    add("--batch_size", type=int, default=64, help="images per batch")
     add("--seed", type=int, default=0, help="random seed for sampling")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the faster one)")
@@ -112,7 +112,7 @@ def prepared_images(data_dir, split, limit):
 
 
 def make_batches(found, batch_size):
-    """Splits find_images' list into batches. Arrays have their own size, so they stay apart."""
+    """Splits find_images' list into batches. Arrays of different sizes go into separate batches."""
     batches = []
     for _, group in itertools.groupby(found, key=source_shape):
         group = list(group)
@@ -126,7 +126,7 @@ def source_shape(item):
 
 
 def load_batch(batch, image_size):
-    """Loads a batch. Returns (name, image, references) of all readable images; reports others."""
+    """Loads a batch. Returns (name, image, references) of all readable images; reports the rest."""
     loaded = []
     for name, source, references in batch:
         try:

@@ -7,7 +7,7 @@ Train a captioner.
     torchrun --standalone --nproc_per_node=4 train.py config/base.py    # 4 GPUs
 
 Options are the fields of Options below and of ModelOptions in model.py. A config file overrides
-some of them, the command line overrides both.
+some of the defaults; the command line overrides both.
 """
 import copy
 import math
@@ -51,51 +51,51 @@ class Options(ModelOptions):
     # I/O
     data_dir: str = "data/flickr8k"   # written by prepare_flickr.py
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
-    init_from: str = "scratch"        # scratch, resume (if there is a run), or a checkpoint
+    init_from: str = "scratch"        # scratch; resume (if there is a run); or a checkpoint
     force: bool = False               # overwrite the run in out_dir
     log_interval: int = 20            # steps between lines of the log
     eval_interval: int = 500          # steps between evaluations, each with a checkpoint
     eval_images: int = 1000           # how many validation images to use
-    # duration: whichever limit comes first; 0 means no limit
-    max_iters: int = 0
-    max_minutes: float = 0.0          # training time, not counting evaluation
+    # duration: whichever limit comes first
+    max_iters: int = 0                # optimizer steps (0: no limit)
+    max_minutes: float = 0.0          # training time, not counting evaluation (0: no limit)
     batch_size: int = 32              # images per step, over all ranks and micro-steps
     grad_accum: int = 1               # micro-steps per step: same gradient, less memory
     # augmentation
-    crop: float = 1.0                 # minimum area of a random crop (1: no cropping)
+    crop: float = 1.0                 # random crops of at least this fraction of the area (1: off)
     flip: bool = False                # mirror half the images, unless a caption says left or right
     jitter: float = 0.0               # strength of brightness, contrast and saturation jitter
     # loss
     smoothing: float = 0.0            # label smoothing
-    alpha: float = 0.0                # weight of the teacher's soft targets, after epoch 1
+    alpha: float = 0.0                # weight of the teacher's soft targets, after a ramp (epoch 1)
     momentum: float = 0.999           # decay of the teacher, a moving average of the weights
     samples: int = 0                  # self-critical training: samples per image (0: off)
     # optimizer
-    optimizer: str = "adamw"          # adamw, or muon for the matrices of the blocks
+    optimizer: str = "adamw"          # adamw; or muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 1e-3       # peak learning rate of AdamW
     muon_lr: float = 0.02             # peak learning rate of Muon
-    lr_scale: str = ""                # factors by regular expression, e.g. "encoder=0.1 wte=0.5"
+    lr_scale: str = ""                # PATTERN=FACTOR parts, e.g. "encoder=0.1 wte=0.5"
     weight_decay: float = 0.1         # for matrices only
     grad_clip: float = 1.0            # maximum norm of the gradient (0: no clipping)
-    warmup_iters: int = 100           # steps of linear warmup, before cosine decay to 0
+    warmup_iters: int = 100           # steps of linear warmup, on top of cosine decay to 0
     # pretrained parts, see pretrained.py
-    encoder: str = ""                 # Hugging Face name or folder, e.g. facebook/dinov2-small
-    decoder: str = ""                 # Hugging Face name or folder, e.g. gpt2
-    freeze_encoder: bool = False      # its features are computed once: see nanocaption/views.py
-    tune_blocks: int = 0              # train this many last blocks of a frozen EfficientNet
-    views: int = 1                    # fixed views of each image under a frozen encoder
-    cache_features: bool = True       # keep the features of all views on disk
-    lora_rank: int = 0                # train LoRA adapters instead of the decoder's own weights
+    encoder: str = ""                 # efficientnet_lite0, 1, 2; or a Hugging Face name or folder
+    decoder: str = ""                 # a Hugging Face name or folder, e.g. gpt2
+    freeze_encoder: bool = False      # encode each view of an image only once
+    tune_blocks: int = 0              # still train the last N blocks of a frozen EfficientNet
+    views: int = 1                    # number of fixed views of each image with a frozen encoder
+    cache_features: bool = True       # store a frozen encoder's features in data_dir
+    lora_rank: int = 0                # of LoRA adapters, trained instead of the decoder (0: none)
     lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get an adapter
     # system
-    device: str = "auto"              # cpu, cuda or mps
+    device: str = "auto"              # cpu, cuda, mps, or auto (the best available)
     dtype: str = "auto"               # bfloat16, float32, or auto (whichever is faster)
     compile: bool = False             # torch.compile: slow to start, faster on a GPU
     recompute: bool = False           # activation checkpointing in the decoder: slower, less memory
-    seed: int = 0                     # of weights, data order, augmentation and dropout
+    seed: int = 0                     # for weights, data order, augmentation and dropout
 
     def check_run(self):
-        """Raises ValueError, in one line, for values that make no sense; see also check."""
+        """Raises ValueError, with a one-line message, for values that make no sense."""
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, not {self.optimizer!r}")
         check_ranges(
@@ -114,7 +114,8 @@ class Options(ModelOptions):
         if self.tune_blocks and not self.encoder_family.startswith("efficientnet"):
             raise ValueError("tune_blocks works only with an EfficientNet encoder")
         if self.tune_blocks and not self.freeze_encoder:
-            raise ValueError("tune_blocks needs --freeze_encoder (without it, all is trained)")
+            raise ValueError("tune_blocks needs --freeze_encoder; without it, the whole encoder "
+                             "is trained")
         if self.lora_rank and not self.decoder:
             raise ValueError("lora_rank needs a pretrained decoder; name one with --decoder")
         try:
@@ -134,8 +135,8 @@ def read_options(argv):
         fixed, _, _ = part_options(options.encoder, options.decoder)
         for name, value in fixed.items():
             if source.get(name) == "command line" and getattr(options, name) != value:
-                raise UserError(f"{name} is {value} in {options.encoder or options.decoder}, "
-                                f"not {getattr(options, name)}")
+                raise UserError(f"{name} is fixed to {value} by --encoder or --decoder, not "
+                                f"{getattr(options, name)}")
             setattr(options, name, value)
         if "image_size" not in source:
             options.image_size = native_image_size(options.encoder) or options.image_size
@@ -144,7 +145,7 @@ def read_options(argv):
 
 
 def check_options(options):
-    """Raises UserError, in one line, for options that make no sense."""
+    """Raises UserError for options that make no sense."""
     try:
         options.check()
         options.check_run()
@@ -204,7 +205,7 @@ class TrainSplit:
         return len(self.split)
 
     def count_tokens(self, index):
-        """What the loss of a whole batch is divided by; rewards are averaged over samples."""
+        """The denominator of a batch's loss: its tokens or, in self-critical training, samples."""
         if self.options.samples:
             return self.options.samples * len(index)
         return self.n_tokens[index].sum()
@@ -222,7 +223,7 @@ class TrainSplit:
         return images, captions
 
     def sample_batch(self, images, index, model, seed):
-        """For self-critical training: sampled captions with advantages, and minus their reward."""
+        """For self-critical training: sampled captions with advantages, and -(total reward)."""
         references = [self.captions[i] for i in index]
         words, rewards = sample_captions(model, images, references, self.frequencies,
                                          self.tokenizer, self.options.samples, seed)
@@ -246,13 +247,14 @@ def make_teacher(model):
 @torch.no_grad()
 def update_teacher(teacher, model, momentum):
     """teacher = momentum * teacher + (1 - momentum) * model"""
-    ours = []
-    theirs = []
+    averages = []
+    weights = []
     for t, p in zip(teacher.parameters(), model.parameters()):
+        # frozen parameters are shared
         if t is not p:
-            ours.append(t)
-            theirs.append(p.detach())
-    torch._foreach_lerp_(ours, theirs, 1 - momentum)
+            averages.append(t)
+            weights.append(p.detach())
+    torch._foreach_lerp_(averages, weights, 1 - momentum)
 
 
 # -----------------------------------------------------------------------------
@@ -293,18 +295,19 @@ def evaluate(model, val, rank, world):
     n = len(val)
     sums = np.zeros(3)
     texts = {}
-    # ranks take turns
+    # each rank takes every world-th batch
     for start in range(rank * 64, n, world * 64):
         index = list(range(start, min(start + 64, n)))
         images, captions = val.get_batch(index, model)
-        # one more image, for the shuffled loss
+        # one more image: the shuffled loss pairs each caption with the next image
         following, _ = val.get_batch([(index[-1] + 1) % n], model)
         encoded = model.encode(torch.cat([images, following]))
         ce = model.cross_entropy(encoded[:-1], captions).item()
         shuffled_ce = model.cross_entropy(encoded[1:], captions).item()
         n_tokens = (captions["targets"] >= 0).sum().item()
         sums += (ce, shuffled_ce, n_tokens)
-        for i, [(ids, _)] in zip(index, model.beam_search(encoded[:-1], beam=1)):
+        for i, captions_of_one in zip(index, model.beam_search(encoded[:-1], beam=1)):
+            ids, _ = captions_of_one[0]
             texts[i] = val.tokenizer.decode(ids).strip()
     ce, shuffled_ce, n_tokens = all_reduce(sums.tolist(), world)
     for others in gather(texts, world):
@@ -320,7 +323,7 @@ def evaluate(model, val, rank, world):
 
 
 def evaluate_both(model, teacher, val, about, state, rank, world):
-    """Evaluates student and teacher; the better one by CIDEr, then by loss, becomes best.pt."""
+    """Evaluates student and teacher. A new best CIDEr (ties: the lower loss) becomes best.pt."""
     results = {}
     for name, candidate in (("student", model), ("teacher", teacher)):
         scores, texts = evaluate(candidate, val, rank, world)
@@ -349,7 +352,7 @@ class State:
     sums: list = field(default_factory=lambda: [0.0] * 5)
 
     def progress(self, options):
-        """0 to 1, by steps or by the clock, whichever is further."""
+        """0 to 1, by steps or by the clock, whichever is further along."""
         by_steps = self.step / options.max_iters if options.max_iters else 0.0
         by_clock = self.seconds / 60 / options.max_minutes if options.max_minutes else 0.0
         return max(by_steps, by_clock)
@@ -371,8 +374,10 @@ def lr_multiplier(step, progress, options):
 
 
 def compile_parts(options, *models):
-    """torch.compile, if asked for, of all but the head, which computes its own gradient."""
-    for model in models if options.compile else ():
+    """torch.compile, if asked for, of all but the output head: it computes its own gradient."""
+    if not options.compile:
+        return
+    for model in models:
         model.encode = torch.compile(model.encode)
         model.decode = torch.compile(model.decode)
 
@@ -436,7 +441,7 @@ def main():
     compile_parts(options, model, teacher)
     ddp_model = DistributedDataParallel(model) if world > 1 else model
 
-    # no rank writes anything until all ranks agree
+    # no rank writes to out_dir until all ranks agree
     about = about_run(options, data)
     facts = dict(about["options"], data_dir="", step=state.step, data=data.fingerprint)
     check_ranks_agree(facts, rank, world)
@@ -447,7 +452,7 @@ def main():
         lock = open_out_dir(options, state, lock, resume)
         print(describe(options, state, model, train, device, world, reason), flush=True)
         if checkpoint and not resume:
-            # stopped before its first evaluation, the run resumes from these weights
+            # if the run is killed before its first save, it resumes from these weights
             save_last(about, model, teacher, optimizer, state)
 
     stopped = False
@@ -468,17 +473,17 @@ def main():
         shards = np.split(np.arange(len(index)), options.grad_accum * world)
         for micro_step in range(options.grad_accum):
             shard = shards[micro_step * world + rank]
-            seed = hash((options.seed, state.step, micro_step, rank))  # of ints: reproducible
+            seed = hash((options.seed, state.step, micro_step, rank))  # the same in any process
             images, captions = train.get_batch(index[shard], epochs[shard], model)
             with autocast:
                 if options.samples:
                     captions, minus_reward = train.sample_batch(images, index[shard], model, seed)
                 model.train()
-                torch.manual_seed(seed)  # of dropout
-                # DDP averages gradients over ranks, hence * world below; once per step is enough
+                torch.manual_seed(seed)  # for dropout
+                # sync gradients only after the last micro-step (no effect without DDP)
                 ddp_model.require_backward_grad_sync = micro_step == options.grad_accum - 1
                 loss, ce = ddp_model(images, captions, teacher, alpha, options.smoothing)
-            (loss * world / n_tokens).backward()
+            (loss * world / n_tokens).backward()  # * world: DDP averages over ranks
             ce_sum = ce_sum + (minus_reward if options.samples else ce)
 
         # update
@@ -487,11 +492,11 @@ def main():
         finite = math.isfinite(grad_norm)
         if finite:
             optimizer.step()
-            momentum = min(options.momentum, (2 + state.step) / (11 + state.step))
+            momentum = min(options.momentum, (2 + state.step) / (11 + state.step))  # warmup
             update_teacher(teacher, model, momentum)
         optimizer.zero_grad()
 
-        # sync what differs between ranks: the loss, the clock, Ctrl-C
+        # sum over ranks: the loss, rank 0's clock, and signals (nonzero: stop)
         seconds = time.perf_counter() - start if rank == 0 else 0.0
         ce = ce_sum.item() if finite else 0.0
         ce, seconds, stopped = all_reduce([ce, seconds, stop.number], world)

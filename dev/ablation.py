@@ -42,13 +42,13 @@ Scores are means over seeds on Flickr8k's dev split (1,000 images, beam search);
 by seed. The shuffled gap is how much shuffled images raise the loss, in bits per character."""
 HEADER = """| | steps | loss, bits per character | shuffled gap | CIDEr | by seed | distinct |
 |---|---|---|---|---|---|---|"""
-RECORDED = """These runs had a stem of strided convolutions instead of linear patches. Because of
-their results, it is no longer an option. Their baseline is the first row."""
+RECORDED = """These runs used a stem of strided convolutions instead of linear patches. It did
+worse, so the option was removed. The first row is their baseline."""
 NOTES = """Equal time is not equal work. AdamW's steps are cheaper, steps with the teacher in the
 loss are more expensive, the pretrained decoder spends two of its twelve minutes on language alone,
 and the speed of a machine varies. All runs used float32 and an earlier version of the code. Two
-seeds of the same row differ by up to 0.020 CIDEr, so smaller differences mean little, and twelve
-minutes do not tell what happens after hours.
+seeds of the same row differ by up to 0.020 CIDEr, so smaller differences mean little, and
+twelve-minute runs do not predict what happens over hours.
 
 Three results hold for CIDEr and loss in both seeds:
 
@@ -57,10 +57,10 @@ Three results hold for CIDEr and loss in both seeds:
 * The teacher in the loss costs more than it gains in runs this short: there are a fifth fewer
   steps, and we suspect that the teacher is still too weak.
 
-A decoder pretrained on the captions gains a little CIDEr at the same loss.
+A decoder pretrained on the captions may gain a little CIDEr, at the same loss.
 
 With strided convolutions, leaving out the unigram loss, the local convolutions, augmentation or
-word dropout lowers CIDEr in neither seed. With linear patches, leaving out the unigram loss lowers
+word dropout raised CIDEr in both seeds. With linear patches, leaving out the unigram loss lowers
 the loss, but it also lowers CIDEr by 0.010 on average (-0.023 and +0.003), and the decoder relies
 less on the images. Leaving out the local convolutions as well does not change CIDEr and raises the
 loss. config/nano.py keeps both.

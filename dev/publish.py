@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--beam", type=int, default=3,
                         help="sample.py's and evaluate.py's beam size (default: %(default)s)")
     parser.add_argument("--length_penalty", type=float, default=0.5,
-                        help="and length penalty (default: %(default)s)")
+                        help="their length penalty (default: %(default)s)")
     args = parser.parse_args()
     check_ranges(args, beam=(1, 1e4), length_penalty=(0, 100))
     checkpoint = read_checkpoint(args.checkpoint)

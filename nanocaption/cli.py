@@ -70,7 +70,7 @@ def check_ranges(options, **ranges):
 def run(main):
     """
     Calls main(). Failures become one line on stderr and an exit code: 2 for a UserError; 1 for an
-    OSError, an ArithmeticError or lack of memory; 130 for Ctrl-C.
+    OSError, an ArithmeticError or running out of memory; 130 for Ctrl-C.
     """
     # a printed file name may contain anything
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -145,8 +145,8 @@ def atomic_write(path):
 
 def lock_folder(folder):
     """
-    Reserves folder for this process until the returned file is closed, and removes what killed
-    processes left half-written in it. Raises UserError if another process is using the folder.
+    Reserves folder for this process until the returned file is closed, and deletes partial files
+    that killed processes left there. Raises UserError if another process is using the folder.
     """
     file = open(f"{folder}/.lock", "w")
     try:

@@ -30,7 +30,7 @@ STAGES = (
 )
 N_STEM = 32     # channels of the stem
 N_LAST = 1280   # channels of the last convolution
-STRIDE = 32     # pixels a side of a place in the feature map
+STRIDE = 32     # input pixels per cell of the feature map, per side
 EPS = 1e-3      # of BatchNorm
 # images are (x - 127) / 128 for x in 0..255
 MEAN = (127 / 255,) * 3
@@ -38,14 +38,14 @@ STD = (128 / 255,) * 3
 
 
 def round_channels(channels, width):
-    """The nearest multiple of 8, but no less than 90 % of channels * width."""
+    """The nearest multiple of 8, but no less than 90% of channels * width."""
     wanted = channels * width
     rounded = max(8, int(wanted + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wanted else rounded
 
 
 class Conv(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding: an odd pixel goes to the right and below."""
+    """A convolution with TensorFlow's SAME padding: an extra pixel goes to the right and bottom."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
@@ -129,7 +129,7 @@ def find_weights(name):
 
 
 def fold(tensors, conv, norm):
-    """Weight and bias of a convolution that does what conv, without bias, and norm do together."""
+    """Weight and bias of the convolution equivalent to conv (without bias) followed by norm."""
     tensors.pop(f"{norm}.num_batches_tracked", None)
     scale = tensors.pop(f"{norm}.weight") / (tensors.pop(f"{norm}.running_var") + EPS).sqrt()
     bias = tensors.pop(f"{norm}.bias") - tensors.pop(f"{norm}.running_mean") * scale

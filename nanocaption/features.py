@@ -39,7 +39,7 @@ def weights_hash(module):
 
 
 class Features:
-    """The features of one split. shape: (N, V, n, C). They may be incomplete: see compute."""
+    """The features of one split, of shape (N, V, n, C), perhaps not all of them computed yet."""
 
     def __init__(self, folder, split, shape):
         self.folder = folder
@@ -114,7 +114,7 @@ def compute_features(features, make_views, what, rank=0, world=1):
     """
     Computes the chunks that are missing, with the work shared by all ranks; a later call continues
     where one was interrupted. make_views(index) returns float16 (len(index), V, n, C). Raises
-    UserError if the disk is too small.
+    UserError if there is not enough disk space.
     """
     missing = features.missing()
     if not any(gather(len(missing), world)):

@@ -11,8 +11,8 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
     """
     Captions of uint8 images (N, S, S, 3) with any S: for each image a list of {"text": str,
     "logprob": float, in nats}. One caption by beam search (beam=1 is greedy), or num_samples > 1
-    sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram; see nanocaption/search.py. The
-    checkpoint has defaults for beam and length_penalty.
+    sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram; see nanocaption/search.py. By
+    default, beam and length_penalty are the checkpoint's.
     """
     if beam is None:
         beam = captioner.beam

@@ -19,8 +19,8 @@ def train_frequencies(captions):
 @torch.no_grad()
 def sharpen(model):
     """
-    Halves the temperature of the output distribution. Label smoothing spreads a tenth of the
-    probability over all words, and a sample that contains such a word teaches only to avoid it.
+    Halves the temperature of the output distribution. Label smoothing spreads some probability over
+    all tokens, and a sample that contains an absurd one teaches only to avoid it.
     A frozen norm stays as it is.
     """
     if model.norm.weight.requires_grad:

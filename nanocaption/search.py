@@ -154,7 +154,7 @@ def constrain(logits, words, eot_token, min_tokens, max_tokens, no_repeat_ngram)
 
 
 def token_limit(model, max_tokens):
-    """The most tokens of a caption, without EOT."""
+    """The maximum number of tokens in a caption, without EOT."""
     return min(max_tokens or math.inf, model.max_tokens - 1)
 
 

@@ -10,7 +10,7 @@ MAX_SKIPPED = 10  # steps in a row without a finite gradient
 
 
 def open_out_dir(options, state, lock, resume):
-    """Creates and locks out_dir; drops what the run that starts or resumes there replaces."""
+    """Creates and locks out_dir; deletes checkpoints and log lines that the run will replace."""
     out_dir = Path(options.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     lock = lock or lock_folder(out_dir)
@@ -99,7 +99,7 @@ def report_skipped(options, state, multiplier):
     if state.skipped >= MAX_SKIPPED:
         lr = multiplier * options.learning_rate
         raise ArithmeticError(f"step {state.step}: no finite gradient for {state.skipped} steps; "
-                              f"lower the learning rate (now {lr:.2e}); the last checkpoint is "
-                              "fine")
+                              f"lower the learning rate (now {lr:.2e}); checkpoints saved "
+                              "so far are unaffected")
     text = f"step {state.step} skipped: its gradient is not finite"
     log(options.out_dir, state.step, text, skipped=state.skipped)

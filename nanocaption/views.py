@@ -1,5 +1,5 @@
 """
-Fixed views of images under a frozen encoder: each view is encoded once, not once per epoch.
+Fixed views of images with a frozen encoder: each view is encoded once, not once per epoch.
 
 View 0 is the image itself. With flip, view 1 is its mirror image (the image itself, if a caption
 says left or right). Every other view is a random crop with jitter, drawn from (seed, image, view).
@@ -23,8 +23,8 @@ def check_views(options):
                         "--views to at least 2 for flip, crop or jitter")
     random_views = options.views > 1 + options.flip
     if options.freeze_encoder and random_views and options.crop == 1 and options.jitter == 0:
-        raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them there "
-                        f"are only {1 + options.flip} different views")
+        raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them, "
+                        f"distinct views number only {1 + options.flip}")
 
 
 def pick_views(index, epochs, options):

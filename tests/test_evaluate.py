@@ -91,7 +91,7 @@ def test_scores_of_a_known_captioner(command, folder, monkeypatch):
     for name in ("bleu1", "bleu4", "rouge_l"):
         assert result[name] == pytest.approx(1)
     assert result["cider"] > result["chance"]["cider"]
-    assert "CIDEr is unreliable below 100 images" in printed.err
+    assert "CIDEr is unreliable with fewer than 100 images" in printed.err
     saved = (folder / "save.jsonl").read_text().splitlines()
     assert json.loads(saved[1]) == {
         "image": "1.png",

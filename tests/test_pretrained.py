@@ -185,7 +185,7 @@ def test_a_captioner_is_rebuilt_without_its_sources(encoder, decoder, tmp_path):
     expected = next_logits(model, images, captions)
     torch.testing.assert_close(next_logits(again, images, captions), expected)
     options.encoder_family = "resnet"
-    with pytest.raises(UserError, match="'resnet' cannot be used here; supported are "):
+    with pytest.raises(UserError, match="'resnet' is not supported; choose from "):
         make_model(options, 300)
 
 
@@ -649,7 +649,7 @@ def test_a_damaged_safetensors_is_one_line(tmp_path, data, message):
     ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
     ({"num_hidden_layers": "two"}, "config.json gives 'two' for n_layer_encoder"),
     ({"hidden_act": "relu"}, "hidden_act is 'relu', but only 'gelu' is supported"),
-    ({"model_type": "gpt2"}, "a model of type 'gpt2' cannot be used here"),
+    ({"model_type": "gpt2"}, "a model of type 'gpt2' is not supported"),
     ({"model_type": None}, "a model of type None"),
 ])
 def test_a_config_that_does_not_fit_is_one_line(tmp_path, change, message):

@@ -44,7 +44,7 @@ def main():
                         help="written by prepare.py (default: data/shapes)")
     parser.add_argument("--num_shown", type=int, default=8, help="images to show (default: 8)")
     parser.add_argument("--sheet", default="out/shapes/sheet.png",
-                        help="where to write them (default: out/shapes/sheet.png)")
+                        help="where to write the contact sheet (default: out/shapes/sheet.png)")
     args = parser.parse_args()
     check_ranges(args, num_shown=(1, 1e6))
 

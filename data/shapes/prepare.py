@@ -31,7 +31,7 @@ COLORS = {
     "blue": (45, 85, 230),
     "yellow": (240, 205, 40),
 }
-# corners, for a radius of 1; there is no disc, because it looks too much like a square
+# corners, for a radius of 1; there is no disk, because it looks too much like a square
 SHAPES = {
     "ring": None,
     "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
@@ -212,7 +212,7 @@ def vary(color, rng):
 
 
 def draw_disk(pen, S, x, y, radius, fill):
-    """Draws a disc on an image of S pixels a side."""
+    """Draws a disk on an image of S pixels a side."""
     box = (x - radius, y - radius, x + radius, y + radius)
     pen.ellipse([S * place for place in box], fill)
 
