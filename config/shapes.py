@@ -1,4 +1,4 @@
-# The drawn data set, offline. Three minutes on 2 cores of an Intel Xeon (AMX) give an exact match
+# The drawn dataset, offline. Three minutes on 2 cores of an Intel Xeon (AMX) give an exact match
 # of 0.99 on held-out scenes.
 data_dir = "data/shapes"
 out_dir = "out/shapes"

@@ -213,7 +213,7 @@ def dataset_files(out_dir):
 
 
 def clear_dataset(out_dir):
-    """Creates the folder, or removes an earlier data set from it."""
+    """Creates the folder, or removes an earlier dataset from it."""
     os.makedirs(out_dir, exist_ok=True)
     # meta.json goes first, so that a half-cleared folder does not look complete
     for path in dataset_files(out_dir):

@@ -103,7 +103,7 @@ def check_success(code, errors):
 # training
 
 def prepare_training(folder):
-    """A tiny data set and a config."""
+    """A tiny dataset and a config."""
     tiny_dataset(folder / "data")
     write_config(folder / "config.py", SMALL)
 

@@ -1,4 +1,4 @@
-"""The drawn data set: captions identify scenes, images show what their captions say."""
+"""The drawn dataset: captions identify scenes, images show what their captions say."""
 import importlib.util
 import subprocess
 import sys

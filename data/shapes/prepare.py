@@ -1,5 +1,5 @@
 """
-Draws a data set, so that nothing has to be downloaded: scenes of colored shapes with five captions
+Draws a dataset, so that nothing has to be downloaded: scenes of colored shapes with five captions
 each.
 
     python data/shapes/prepare.py
@@ -218,7 +218,7 @@ def draw_disk(pen, S, x, y, radius, fill):
 
 
 # -----------------------------------------------------------------------------
-# the data set
+# the dataset
 
 def make_split(split, scenes, num_train, image_size, seed):
     """(names, captions, images) for write_dataset; scenes: the split's [alone, pairs]."""
