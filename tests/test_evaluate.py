@@ -9,12 +9,14 @@ from dataclasses import asdict
 import pytest
 import torch
 from PIL import Image
+from pycocoevalcap.cider.cider import Cider
 
 import evaluate
 from checkpoint import VERSION, load
 from helpers import HERE, one_line_error, random_images, run
 from model import Captioner, ModelOptions, pack
 from nanocaption.dataset import Dataset, write_dataset
+from nanocaption.metrics import tokenize
 
 COLORS = "red blue green black white pink".split()
 KEYS = ["images", "cider", "bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "distinct", "mean_words",
@@ -99,6 +101,39 @@ def test_scores_of_a_known_captioner(command, folder, monkeypatch):
         "references": ["a blue dog runs .", "Dog number 1, it's blue"],
     }
     assert (folder / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_coco_file_is_scored_like_pycocoevalcap(command, folder, tmp_path, monkeypatch):
+    """Photos and annotations laid out like COCO's val2017, some of them captioned correctly."""
+    n = 12
+    tokenizer = load(folder / "out", "cpu", "float32").tokenizer
+    photos = tmp_path / "val2017"
+    photos.mkdir()
+    texts = []
+    for i, image in enumerate(random_images(n, 40).numpy()):
+        Image.fromarray(image).save(photos / f"{i:012d}.jpg")
+        texts.append([f"A {COLORS[i % 6]} cat sits on table {i}.", f"Cat {i} on a table, asleep"])
+    images = [{"id": 7 * i, "file_name": f"{i:012d}.jpg", "height": 40} for i in range(n)]
+    annotations = []
+    for i in range(n):
+        annotations += [{"id": 9 * i, "image_id": 7 * i, "caption": text} for text in texts[i]]
+    path = tmp_path / "captions_val2017.json"
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": annotations}))
+    # every other image gets its own caption, the rest get that of the image before
+    written = [texts[i - i % 2][0] for i in range(n)]
+    ids = iter([tokenizer.encode_ordinary(text) for text in written])
+
+    def known_captions(model, images, *args, **options):
+        return [[(next(ids), 0.0)] for _ in images]
+
+    monkeypatch.setattr(Captioner, "beam_search", known_captions)
+    result = json.loads(command("--images", str(photos), "--captions", str(path), "--json").out)
+    assert result["images"] == n
+    theirs = {i: [" ".join(tokenize(text)) for text in texts[i]] for i in range(n)}
+    ours = {i: [" ".join(tokenize(text))] for i, text in enumerate(written)}
+    expected, _ = Cider().compute_score(theirs, ours)
+    assert 1 < expected < 10
+    assert result["cider"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_loss_is_that_of_each_caption_alone(command, folder):
