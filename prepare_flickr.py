@@ -118,6 +118,10 @@ def read_all_captions(files, skipped):
             path = path[prefix.end():]
         malformed = []
         for name, text, split in read_captions(path, malformed):
+            # Hugging Face's metadata.jsonl is in the folder of its images
+            beside = os.path.join(os.path.dirname(path), name)
+            if os.path.isfile(beside):
+                name = os.path.abspath(beside).replace(os.sep, "/")
             split = given or split
             if splits.setdefault(name, split) != split:
                 raise UserError(f"{path}: {name} is in two splits, {splits[name]} and {split}")

@@ -113,7 +113,7 @@ def images_in(folder):
         raise UserError(f"no images in {folder} (looked for JPEG, PNG and so on, at any depth)")
     if others:
         names = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        print(one_line(f"sample.py: {len(others)} files in {folder} are not images: {names}"),
+        print(one_line(f"sample.py: skipped in {folder}, not images: {len(others)} ({names})"),
               file=sys.stderr)
     return images
 

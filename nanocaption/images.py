@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nanocaption import download
-from nanocaption.cli import UserError, show_progress
+from nanocaption.cli import UserError, one_line, show_progress
 
 Image.init()
 # without EPS, which runs code
@@ -37,7 +37,7 @@ EXTENSION = re.compile(
     re.IGNORECASE,
 )
 MAX_PIXELS = 64_000_000  # of an image that must be decoded at full size
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, for any image
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit doesn't know at what size an image is decoded
 JPEG_END = b"\xff\xd9"
 # otherwise Pillow prints warnings in addition to our messages
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -72,8 +72,21 @@ def is_image(path):
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS):
             return True
+    except OSError:
+        pass
     except Exception:
+        # for a damaged image, Pillow raises anything
+        return True
+    try:
+        with open(path, "rb") as file:
+            return is_heic(file.read(64))
+    except OSError:
         return False
+
+
+def is_heic(data):
+    """Whether the first bytes of a file are those of HEIC, a format that Pillow lacks."""
+    return data[4:8] == b"ftyp" and re.search(b"hei[cfmsx]|hev[cmsx]", data[8:64]) is not None
 
 
 def load_image(source, size):
@@ -126,10 +139,9 @@ def decode_damaged(data, size, name):
         # what is missing becomes this gray
         if (image == 128).all(-1).mean() > 0.1:
             raise ValueError("the file is cut off; more than a tenth of the image is missing")
-        print(f"{name}: the file is cut off; using what is there", file=sys.stderr)
+        print(one_line(f"{name}: the file is cut off; using what is there"), file=sys.stderr)
         return image
-    brands = data[8:64] if data[4:8] == b"ftyp" else b""
-    if re.search(b"hei[cfmsx]|hev[cmsx]", brands):
+    if is_heic(data):
         raise ValueError("HEIC, which Pillow can't decode; convert it to JPEG")
     return None
 
@@ -169,10 +181,13 @@ def to_array(image, size):
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if white:
-        # convert() would clip it instead of scaling it
-        if image.mode != "F":
+        # convert("RGB") would clip it instead of scaling it
+        if image.mode == "F":
+            values = np.nan_to_num(np.asarray(image), posinf=white, neginf=0)
+            image = Image.fromarray(values.clip(0, white))
+        else:
             image = image.convert("I")
-        gray = np.nan_to_num(np.asarray(image) * (255 / white))
+        gray = np.asarray(image.resize(shape, bicubic)) * (255 / white)
         image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA").resize(shape, bicubic)
@@ -185,9 +200,9 @@ def to_array(image, size):
 
 def white_value(image):
     """
-    The value that means white in a gray image of more than 8 bits; None for other images. It is the
-    type's largest value or, if the type has room for more than an image needs, 1 or 255 or the
-    image's largest value.
+    The value that means white in a gray image of more than 8 bits; None for other images. For 16
+    bits, it is the type's largest value. For 32 bits, it is 1 (floats only) or 255, or the image's
+    largest value if that is larger.
     """
     if image.mode.startswith("I;16"):
         # TIFF also has 12 bits
@@ -258,10 +273,11 @@ def list_folder(source):
                 entries[name] = path
             for subfolder in sorted(subfolders):
                 path = os.path.join(folder, subfolder)
-                # a link to a folder that contains it would list that folder's other files
-                is_loop = f"{real}{os.sep}".startswith(os.path.join(os.path.realpath(path), ""))
-                if os.path.islink(path) and not is_loop:
-                    starts.append(path)
+                if os.path.islink(path):
+                    # a link to a folder that contains it would list that folder's other files
+                    target = os.path.join(os.path.realpath(path), "")
+                    if not os.path.join(real, "").startswith(target):
+                        starts.append(path)
     return entries
 
 

@@ -206,6 +206,23 @@ def test_other_files_with_the_same_name_are_an_error(twice, capsys):
     assert "0.png may be a/0.png or a/a/0.png" in error
 
 
+def test_metadata_in_the_folder_of_its_images(tmp_path, capsys):
+    """Hugging Face's imagefolder, with the same names in both splits."""
+    files = []
+    for split in ("train", "val"):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        random_image(len(split)).save(folder / "0.png")
+        write_jsonl(folder / "metadata.jsonl", [{"file_name": "0.png", "text": f"a {split} dog"}])
+        files.append(f"{split}={folder}/metadata.jsonl")
+    changed = dict(images=tmp_path / "data", captions=files, split_files=None)
+    succeeds(capsys, *arguments(tmp_path, **changed))
+    for split in ("train", "val"):
+        assert texts(tmp_path / "out", split) == {f"{split}/0.png": [f"a {split} dog"]}
+        [image] = Dataset(tmp_path / "out").split(split).read_images([0])
+        assert np.array_equal(image, load_image(tmp_path / "data" / split / "0.png", 16))
+
+
 @pytest.mark.parametrize("prefix", ["", "cls/", "../data/cls/", "{folder}/cls/"])
 def test_names_with_more_folders_than_the_paths(twice, capsys, prefix):
     prefix = prefix.format(folder=twice)

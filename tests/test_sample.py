@@ -93,16 +93,18 @@ def test_all_readable_images_of_a_folder(trained, tmp_path):
                "f.bak": "PNG", "g.PBM": "PPM"}
     for name, format in formats.items():
         image.save(folder / name, format)
-    (folder / "h.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    for name in ("h.HEIC", "i"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     (folder / "notes.txt").write_text("Python is not an image")
     (folder / ".hidden").write_text("nor is this")
     done = sample("--image", folder, "--out_dir", trained, "--json", check=False)
     names = [os.path.basename(line["image"]) for line in json_lines(done)]
     assert names == list(formats)
     errors = done.stderr.decode()
-    assert f"1 files in {folder} are not images: notes.txt\n" in errors
+    assert f"skipped in {folder}, not images: 1 (notes.txt)\n" in errors
     assert "h.HEIC: not a readable image: HEIC, which Pillow can't decode; convert" in errors
-    assert "1 of 8 images could not be captioned" in errors
+    assert "/i: not a readable image: HEIC" in errors
+    assert "2 of 9 images could not be captioned" in errors
     assert done.returncode == 1
 
 
