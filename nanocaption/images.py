@@ -208,7 +208,7 @@ def white_value(image):
         # TIFF also has 12 bits
         bits = image.tag_v2[258][0] if image.format == "TIFF" else 16
         return 2**bits - 1
-    if image.mode == "I" and image.format == "PPM":
+    if image.mode == "I" and image.format in ("PPM", "PNG"):
         return 2**16 - 1
     if image.mode not in ("I", "F"):
         return None
