@@ -7,7 +7,6 @@ Score a captioner on a split of a prepared folder or on your own images: CIDEr-D
 Scores match pycocoevalcap's, except for a few rare tokens, and need no Java. From Python, use
 nanocaption/metrics.py.
 """
-import io
 import json
 import math
 import os
@@ -23,10 +22,10 @@ from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_ranges, run,
                              show_progress)
 from nanocaption.dataset import Dataset
-from nanocaption.images import has_image_extension, list_images, load_image, read_entry
+from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
 from nanocaption.precision import autocast
-from nanocaption.sheet import draw_sheet
+from nanocaption.sheet import draw_sheet, sheet_format
 
 COLUMNS = {
     "CIDEr": "cider", "BLEU-1": "bleu1", "BLEU-2": "bleu2", "BLEU-3": "bleu3", "BLEU-4": "bleu4",
@@ -68,8 +67,8 @@ def parse_args():
         folder = os.path.dirname(args.save) or "."
         if not os.path.isdir(folder):
             raise UserError(f"--save {args.save}: no folder {folder}; create it first")
-    if args.sheet and not has_image_extension(args.sheet):
-        raise UserError(f"--sheet {args.sheet}: expected an image file name, such as sheet.png")
+    if args.sheet:
+        sheet_format(args.sheet)
     return args
 
 
@@ -100,11 +99,11 @@ class ImageFiles:
     def __init__(self, images, captions, split, limit):
         self.images = images
         self.entries = list_images(images)
-        if None in self.entries.values():
+        if is_compressed(self.entries):
             raise UserError(f"--images {images} is a compressed tar, which does not allow "
                             "random access; unpack it first")
         texts = read_references(captions, split)
-        self.paths = match_names(texts, self.entries)
+        self.paths = match_names(texts, self.entries, images)
         for name in texts:
             if name not in self.paths:
                 raise UserError(f"{name}, named in {captions}, is not in {images}")
@@ -115,11 +114,7 @@ class ImageFiles:
         images = []
         for i in index:
             name = self.names[i]
-            source = read_entry(self.images, self.entries[self.paths[name]])
-            if isinstance(source, bytes):
-                # errors show this name
-                source = io.BytesIO(source)
-                source.name = name
+            source = read_entry(self.images, self.entries[self.paths[name]], name)
             images.append(load_image(source, size))
         return np.stack(images)
 

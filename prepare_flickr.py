@@ -11,13 +11,14 @@ import hashlib
 import os
 import re
 import time
+import unicodedata
 from collections import Counter, defaultdict
 
 from nanocaption import download
 from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import Parser, UserError, atomic_write, check_ranges, lock_folder, run
 from nanocaption.dataset import SPLITS, Dataset, clear_dataset, dataset_files, write_texts
-from nanocaption.images import has_image_extension, list_images, stem, write_images
+from nanocaption.images import has_image_extension, list_folder, list_images, stem, write_images
 from nanocaption.tokenizer import read_tokenizer
 
 FLICKR30K_URL = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
@@ -59,9 +60,9 @@ def signature(path):
     """Numbers that change when a file (size, time) or a folder (files, size, time) changes."""
     if os.path.isdir(path):
         stats = []
-        for folder, _, files in os.walk(path):
-            for file in files:
-                stats.append(os.lstat(os.path.join(folder, file)))
+        for file in list_folder(path).values():
+            # without follow_symlinks: a link to nowhere
+            stats.append(os.stat(file, follow_symlinks=os.path.exists(file)))
         size = sum(stat.st_size for stat in stats)
         return [len(stats), size, max((stat.st_mtime_ns for stat in stats), default=0)]
     try:
@@ -117,6 +118,10 @@ def read_all_captions(files, skipped):
             path = path[prefix.end():]
         malformed = []
         for name, text, split in read_captions(path, malformed):
+            # Hugging Face's metadata.jsonl is in the folder of its images
+            beside = os.path.join(os.path.dirname(path), name)
+            if os.path.isfile(beside):
+                name = os.path.abspath(beside).replace(os.sep, "/")
             split = given or split
             if splits.setdefault(name, split) != split:
                 raise UserError(f"{path}: {name} is in two splits, {splits[name]} and {split}")
@@ -151,7 +156,8 @@ def read_split_files(files, names):
 
 def hashed_split(name):
     """90% train, 5% val, 5% test by a hash of the file name: new images don't move old ones."""
-    digest = hashlib.sha256(stem(name).encode("utf-8", "surrogateescape")).hexdigest()
+    name = unicodedata.normalize("NFC", stem(name))
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
     u = int(digest[:8], 16) / 2**32
     if u < 0.90:
         return "train"
@@ -168,7 +174,7 @@ def captions_by_path(captions, splits, entries, source, skipped):
     order of splits, and {path: split}. Captions that are empty or have no image are appended to
     skipped.
     """
-    found = match_names(captions, entries)
+    found = match_names(captions, entries, source)
     texts = defaultdict(list)
     split_of = {}
     for name, split in splits.items():
@@ -244,6 +250,10 @@ def convert(args, source):
     entries = list_images(args.images)
     texts, split_of = captions_by_path(captions, splits, entries, args.images, skipped)
     images = group_by_split(texts, split_of)
+    write_skipped(out_dir, skipped)
+    if not captions:
+        reason = f"; the first problem: {skipped[0][1]}" if skipped else ""
+        raise UserError(f"no captions in {', '.join(args.captions)}{reason}")
     if "train" not in images:
         raise UserError(
             f"nothing to train on: {len(captions):,} names in the captions (such as "
@@ -325,23 +335,22 @@ def short_names(paths):
     {path: file name}, so that the same images packed differently are the same data. A file name
     that occurs twice keeps its folder.
     """
-    count = Counter(map(os.path.basename, paths))
-    names = {}
-    for path in paths:
-        name = os.path.basename(path)
-        names[path] = name if count[name] == 1 else path
-    return names
+    names = {path: unicodedata.normalize("NFC", os.path.basename(path)) for path in paths}
+    count = Counter(names.values())
+    return {path: name if count[name] == 1 else path for path, name in names.items()}
 
 
-def check_skipped(out_dir, skipped, kind, total, allow_missing):
-    """
-    Writes skipped.txt, a line "kind<TAB>what" for each. Raises UserError if more than 1% of the
-    images or captions are skipped.
-    """
+def write_skipped(out_dir, skipped):
+    """Writes skipped.txt, a line "kind<TAB>what" for each, if there are any."""
     if skipped:
         lines = "".join(f"{kind}\t{what}\n" for kind, what in skipped)
         with atomic_write(f"{out_dir}/skipped.txt") as file:
             file.write(lines.encode("utf-8", "replace"))
+
+
+def check_skipped(out_dir, skipped, kind, total, allow_missing):
+    """Writes skipped.txt. Raises UserError if more than 1% of the images or captions are in it."""
+    write_skipped(out_dir, skipped)
     bad = [what for skipped_kind, what in skipped if skipped_kind == kind]
     if len(bad) > 0.01 * total and not allow_missing:
         raise UserError(
@@ -404,7 +413,7 @@ def read_arguments():
             )
     else:
         args.url = args.url or FLICKR30K_URL
-        if not re.match("https?://", args.url):
+        if not download.is_url(args.url):
             raise UserError(f"--url {args.url}: expected http:// or https://")
         args.out_dir = args.out_dir or "data/flickr30k"
         args.images = "data/flickr30k/flickr30k-images.zip"

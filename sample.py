@@ -22,9 +22,10 @@ import numpy as np
 from checkpoint import load
 from nanocaption.cli import BUNDLED, Parser, UserError, check_ranges, one_line, run
 from nanocaption.dataset import Dataset
+from nanocaption.download import is_url
 from nanocaption.generate import caption, caption_images  # noqa: F401: sample.caption
-from nanocaption.images import has_image_extension, list_images, load_image
-from nanocaption.sheet import draw_sheet
+from nanocaption.images import is_image, list_images, load_image
+from nanocaption.sheet import draw_sheet, sheet_format
 
 
 def parse_args():
@@ -70,8 +71,8 @@ def parse_args():
         parser.error("--temperature, --top_k and --top_p need --num_samples of at least 2")
     if args.max_tokens and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} exceeds --max_tokens {args.max_tokens}")
-    if args.sheet and not has_image_extension(args.sheet):
-        parser.error(f"--sheet {args.sheet}: expected an image file name, such as sheet.png")
+    if args.sheet:
+        sheet_format(args.sheet)
     return args
 
 
@@ -86,21 +87,36 @@ def find_images(paths, split, limit):
             found.append(("-", sys.stdin.buffer.read(), []))
         elif os.path.isfile(os.path.join(path, "meta.json")):
             found += prepared_images(path, split, limit)
-        elif re.match("https?://", path):
+        elif is_url(path):
             found.append((path, path, []))
         elif re.match(r"\w+://", path):
             raise UserError(f"{path}: only http:// and https:// URLs are supported")
         elif os.path.isdir(path):
-            inside = [file for name, file in list_images(path).items() if has_image_extension(name)]
-            if not inside:
-                raise UserError(f"no images in {path} (looked for .jpg, .png and so on, at any "
-                                "depth)")
+            inside = images_in(path)
             found += [(file, file, []) for file in inside[:limit]]
         elif os.path.exists(path):
             found.append((path, path, []))
         else:
             raise UserError(f"--image {path}: no such file or folder")
     return found
+
+
+def images_in(folder):
+    """The paths of the images in a folder, at any depth. Says on stderr which files are others."""
+    images = []
+    others = []
+    for name, path in list_images(folder).items():
+        if is_image(path):
+            images.append(path)
+        elif not os.path.basename(name).startswith("."):
+            others.append(name)
+    if not images:
+        raise UserError(f"no images in {folder} (looked for JPEG, PNG and so on, at any depth)")
+    if others:
+        names = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
+        print(one_line(f"sample.py: skipped in {folder}, not images: {len(others)} ({names})"),
+              file=sys.stderr)
+    return images
 
 
 def prepared_images(data_dir, split, limit):
@@ -176,8 +192,9 @@ def main():
                 sheet.append((image, "\n".join(lines)))
         sys.stdout.flush()
     if sheet:
-        draw_sheet(args.sheet, [image for image, _ in sheet], [text for _, text in sheet])
-        print(f"sheet: {args.sheet}", file=sys.stderr)
+        images, texts = zip(*sheet)
+        paths = draw_sheet(args.sheet, images, texts)
+        print(f"sheet: {', '.join(paths)}", file=sys.stderr)
     if n_captioned < len(found):
         failed = len(found) - n_captioned
         print(f"sample.py: {failed} of {len(found)} images could not be captioned", file=sys.stderr)

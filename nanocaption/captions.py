@@ -4,11 +4,12 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 
 from nanocaption.cli import UserError
 from nanocaption.dataset import SPLITS
-from nanocaption.images import stem, strip_extension
+from nanocaption.images import has_image_extension, same_bytes, strip_extension
 
 SYNONYMS = {"restval": "train", "dev": "val", "valid": "val", "validation": "val"}  # of splits
 # Flickr8k.token.txt: NAME.jpg#n<TAB>caption
@@ -17,17 +18,18 @@ TOKEN_LINE = re.compile(r"([^\t]*\S)#\d+\t(.*)")
 # lacks its second bar.
 BAR_HEADER = "image_name|comment_number|comment"
 BAR_LINE = re.compile(r"\s*([^|]*[^|\s])\s*\|\s*\d+(?:\s*\||\s)(.*)")
-# names of CSV columns
+# names of CSV columns and of fields in JSON records
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
-CAPTION_COLUMNS = ("caption", "comment", "raw")
+CAPTION_COLUMNS = ("captions", "caption", "comment", "raw", "text")
 
 
 def read_captions(path, skipped=None):
     """
     Reads a caption file. Its format is recognized by its content: NAME.jpg#n<TAB>caption lines
     (.token), CSV with a header (Kaggle's captions.txt and results.csv, nlphuji's), JSON
-    (Karpathy's, COCO's captions_*.json, {name: [captions]}) or JSON lines
-    {"image", "captions"[, "split"]}.
+    (Karpathy's, COCO's captions_*.json, {name: [captions]}, lists of records) or JSON lines with a
+    record each, such as {"image", "captions"[, "split"]} (ours), {"image", "caption"} (BLIP's) or
+    {"file_name", "text"} (Hugging Face's metadata.jsonl).
 
     Returns [(image file name, caption, split or None)] in the file's order; an empty caption is "".
     Malformed lines are described in the list `skipped`; without that list they raise UserError.
@@ -36,8 +38,9 @@ def read_captions(path, skipped=None):
     for where, raw, name, texts, split in read_rows(path):
         if isinstance(texts, str):
             texts = [texts]
-        if not is_well_formed(name, texts):
-            message = f"{path}, {where}: not an image name with captions: {str(raw)[:80]}"
+        lack = what_is_missing(name, texts)
+        if lack:
+            message = f"{path}, {where}: not an image name with captions ({lack}): {str(raw)[:80]}"
             if skipped is None:
                 raise UserError(message)
             skipped.append(message)
@@ -54,11 +57,13 @@ def read_captions(path, skipped=None):
     return captions
 
 
-def is_well_formed(name, texts):
-    """Whether a row has an image name and a list of captions."""
-    if not isinstance(name, str) or not name.strip() or not isinstance(texts, list):
-        return False
-    return all(isinstance(text, str) for text in texts)
+def what_is_missing(name, texts):
+    """What a row lacks, of an image name and a list of captions; "" if it has both."""
+    if not isinstance(name, str) or not name.strip():
+        return f"no {', '.join(IMAGE_COLUMNS)}"
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return f"no text in {', '.join(CAPTION_COLUMNS)}"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,9 +174,9 @@ def json_rows(path, text, filled):
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if not any(re.fullmatch(r'\s*\{.*"image".*\}\s*', line) for _, line in filled):
-            raise UserError(f"{path}: neither JSON nor JSON lines ({error})") from None
         data = parse_json_lines(filled)
+        if not any(isinstance(value, dict) for value in data):
+            raise UserError(f"{path}: neither JSON nor JSON lines ({error})") from None
     try:
         records = to_records(path, data)
     except (KeyError, TypeError, AttributeError) as error:
@@ -181,7 +186,9 @@ def json_rows(path, text, filled):
         ) from None
     for number, record in enumerate(records, 1):
         where = f"record {number}"
-        yield where, record, record.get("image"), record.get("captions"), record.get("split")
+        name = record.get(find_column(IMAGE_COLUMNS, record))
+        captions = record.get(find_column(CAPTION_COLUMNS, record))
+        yield where, record, name, captions, record.get("split")
 
 
 def parse_json_lines(filled):
@@ -197,11 +204,12 @@ def parse_json_lines(filled):
 
 def to_records(path, data):
     """Parsed JSON -> a list of dicts with image, captions and, in some layouts, split."""
-    if isinstance(data, dict) and "image" in data:
+    if isinstance(data, dict) and isinstance(data.get(find_column(IMAGE_COLUMNS, data)), str):
         data = [data]
     records = []
     if isinstance(data, list):
-        if data and isinstance(data[0], dict) and "image_id" in data[0]:
+        first = data[0] if data and isinstance(data[0], dict) else {}
+        if "image_id" in first and not find_column(IMAGE_COLUMNS, first):
             raise UserError(
                 f"{path}: COCO results have no file names; use the annotations (captions_*.json)"
             )
@@ -237,35 +245,58 @@ def without_path(captions, name):
 # names
 
 
-def match_names(names, paths):
+def match_names(names, paths, source=None):
     """
     Finds names, written with or without folder and extension, among paths. Returns {name: path} of
-    those that are found. Raises UserError for a name that fits two paths.
+    those that are found.
+
+    source: the folder or archive of the paths; they are then what list_images returns. A name is
+    the path that equals it, or else one that has the most last parts in common with it. A folder or
+    an extension may differ unless another name has the same last parts. Of equal files under the
+    same name, the least deep is taken; other ambiguous names raise UserError.
     """
-    by_stem = defaultdict(list)
+    rivals = Counter()
+    for name in {unicodedata.normalize("NFC", name) for name in names}:
+        rivals.update(tails(name))
+    root = f"{os.path.abspath(source)}/".replace(os.sep, "/") if source else ""
+    by_tail = defaultdict(list)
     for path in paths:
-        by_stem[stem(path)].append(path)
-    rivals = Counter(stem(name) for name in names)
+        for tail in tails(root + path):
+            if tail in rivals:
+                by_tail[tail].append(path)
+
     found = {}
     for name in names:
-        candidates = by_stem[stem(name)]
-        hits = [path for path in candidates if ends_with(path, name)]
-        # a different folder or extension is fine if no other name has this stem
-        if not hits and rivals[stem(name)] == 1:
-            file_name = os.path.basename(name)
-            hits = [path for path in candidates if os.path.basename(path) == file_name]
-            hits = hits or candidates
+        if name in paths:
+            found[name] = name
+            continue
+        whole = tails(name)[0]
+        tail = next((tail for tail in tails(name) if tail in by_tail), None)
+        hits = by_tail.get(tail, [])
+        same_file = [path for path in hits if file_name(path) == file_name(name)]
+        agrees = tail == whole and (same_file or not has_image_extension(name))
+        if not hits or (rivals[tail] > 1 and not agrees):
+            continue
+        hits = same_file or hits
+        # a folder inside the source may be named like the source
+        hits = [path for path in hits if tails(path)[0] == whole] or hits
         if len(hits) > 1:
-            raise UserError(
-                f"{name} may be {hits[0]} or {hits[1]}; "
-                "write the folder (and the extension) in the captions"
-            )
-        if hits:
-            found[name] = hits[0]
+            hits.sort(key=lambda path: path.count("/"))
+            if not source or not same_bytes(source, [paths[path] for path in hits]):
+                raise UserError(
+                    f"{name} may be {hits[0]} or {hits[1]}; "
+                    "write the folder (and the extension) in the captions"
+                )
+        found[name] = hits[0]
     return found
 
 
-def ends_with(path, name):
-    """Whether path, with or without its extension, is name or ends with /name."""
-    name = f"/{name}"
-    return f"/{path}".endswith(name) or f"/{strip_extension(path)}".endswith(name)
+def tails(path):
+    """A path's last parts, without extension: a/b/1.jpg -> a/b/1, b/1, 1. In NFC, to compare."""
+    parts = strip_extension(unicodedata.normalize("NFC", path)).split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def file_name(path):
+    """A path's last part, in NFC."""
+    return unicodedata.normalize("NFC", os.path.basename(path))

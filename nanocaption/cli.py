@@ -138,7 +138,8 @@ def atomic_write(path):
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        if isinstance(cause, OSError) and cause.filename is None:
+        # Pillow raises an OSError that has a text only
+        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
 

@@ -14,8 +14,14 @@ HUB = "https://huggingface.co"
 WEIGHTS = os.path.join(ROOT, "data", "weights")  # where models from the hub are kept
 IMAGE_BYTES = 2**27  # larger than any image file
 IMAGE_SECONDS = 60  # to download an image
+USER_AGENT = "nanoCaption"  # some servers refuse the default of requests
 TRIES = 8  # attempts in a row that receive nothing new
 WAIT = 2.0  # seconds before the second attempt, doubled before each further one
+
+
+def is_url(text):
+    """Whether a text is an http(s) URL."""
+    return re.match("https?://", text, re.IGNORECASE) is not None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -54,7 +60,7 @@ def fetch_into(url, result):
 def fetch_bytes(url):
     """The bytes at url, after up to 4 redirects."""
     import requests
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
     for _ in range(5):
         with requests.get(
             url, headers=headers, stream=True, timeout=10, allow_redirects=False
@@ -143,7 +149,7 @@ def request(url, part, token):
     import requests
     have = 0
     # lengths and ranges must be those of the file, not of a compressed stream
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity", "User-Agent": USER_AGENT}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     if os.path.exists(part) and os.path.exists(f"{part}.tag"):

@@ -6,15 +6,19 @@ import logging
 import lzma
 import multiprocessing
 import os
+import posixpath
 import re
 import signal
+import stat
 import struct
+import sys
 import tarfile
 import threading
 import time
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -22,14 +26,19 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nanocaption import download
-from nanocaption.cli import UserError, show_progress
+from nanocaption.cli import UserError, one_line, show_progress
 
 Image.init()
 # without EPS, which runs code
 SAFE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 FORMATS = [name for name in SAFE_FORMATS if name in Image.OPEN]
-EXTENSION = re.compile(r"\.(jpe?g|png|gif|bmp|webp|tiff?|ppm|pgm|jp2|avif)$", re.IGNORECASE)
+EXTENSION = re.compile(
+    r"\.(jpe?g|jpe|jfif|mpo|a?png|gif|bmp|webp|tiff?|p[bfgnp]m|jp2|j2[ck]|jp[cfx]|avifs?|hei[cf])$",
+    re.IGNORECASE,
+)
 MAX_PIXELS = 64_000_000  # of an image that must be decoded at full size
+Image.MAX_IMAGE_PIXELS = None  # Pillow's limit doesn't know at what size an image is decoded
+JPEG_END = b"\xff\xd9"
 # otherwise Pillow prints warnings in addition to our messages
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
@@ -53,17 +62,45 @@ def stem(path):
 # loading
 
 
+def is_image(path):
+    """Whether a file is an image, by its extension or else by its content."""
+    if has_image_extension(path):
+        return True
+    # a named pipe would block forever
+    if not os.path.isfile(path):
+        return False
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS):
+            return True
+    except OSError:
+        pass
+    except Exception:
+        # for a damaged image, Pillow raises anything
+        return True
+    try:
+        with open(path, "rb") as file:
+            return is_heic(file.read(64))
+    except OSError:
+        return False
+
+
+def is_heic(data):
+    """Whether the first bytes of a file are those of HEIC, a format that Pillow lacks."""
+    return data[4:8] == b"ftyp" and re.search(b"hei[cfmsx]|hev[cmsx]", data[8:64]) is not None
+
+
 def load_image(source, size):
     """
     An image as the model sees it: upright, RGB, transparency on white, squashed (never cropped) to
     a square. Returns uint8 (size, size, 3).
 
     source: a path, an http(s) URL, the bytes of a file or an open binary file. Raises UserError,
-    which names the source, if it is not a readable image.
+    which names the source, if it is not a readable image. Prints a note on stderr if the end of a
+    JPEG is missing.
     """
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else getattr(source, "name", "image")
-    if isinstance(source, str) and re.match("https?://", source):
+    if isinstance(source, str) and download.is_url(source):
         source = download.fetch_image(source)
         is_path = False
     if isinstance(source, bytes):
@@ -72,40 +109,115 @@ def load_image(source, size):
         if is_path and os.path.exists(source) and not os.path.isfile(source):
             # a named pipe would block forever
             raise ValueError("a folder or a device, not a file")
-        with warnings.catch_warnings(action="ignore"):
-            with Image.open(source, formats=FORMATS) as image:
-                return to_array(image, size)
+        opened = open(source, "rb") if is_path else contextlib.nullcontext(source)
+        with opened as file, warnings.catch_warnings(action="ignore"):
+            try:
+                return decode(file, size)
+            except Exception:
+                file.seek(0)
+                image = decode_damaged(file.read(download.IMAGE_BYTES), size, name)
+                if image is None:
+                    raise
+                return image
     except Exception as error:
-        # for damaged files, Pillow raises OSError, SyntaxError, struct.error, IndexError, ...; for
-        # huge images, a DecompressionBombError
+        # for damaged files, Pillow raises OSError, SyntaxError, struct.error, IndexError, ...
         raise UserError(f"{name}: not a readable image: {error_text(error)}") from None
+
+
+def decode(file, size):
+    """load_image of an open file; raises whatever Pillow does."""
+    with Image.open(file, formats=FORMATS) as image:
+        return to_array(image, size)
+
+
+def decode_damaged(data, size, name):
+    """load_image of bytes that Pillow refuses; None or an exception if they can't be decoded."""
+    if data.startswith(b"\x89PNG"):
+        return decode(io.BytesIO(without_metadata(data)), size)
+    if data.startswith(b"\xff\xd8"):
+        image = decode(io.BytesIO(data + JPEG_END), size)
+        # what is missing becomes this gray
+        if (image == 128).all(-1).mean() > 0.1:
+            raise ValueError("the file is cut off; more than a tenth of the image is missing")
+        print(one_line(f"{name}: the file is cut off; using what is there"), file=sys.stderr)
+        return image
+    if is_heic(data):
+        raise ValueError("HEIC, which Pillow can't decode; convert it to JPEG")
+    return None
+
+
+def without_metadata(data):
+    """
+    A PNG without the chunks that its pixels don't need, which may be damaged or larger than Pillow
+    accepts. Transparency and orientation are kept.
+    """
+    kept = [data[:8]]
+    start = 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        chunk = data[start:end]
+        is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        # upper case: critical
+        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_sound):
+            kept.append(chunk)
+        start = end
+    return b"".join(kept)
 
 
 def to_array(image, size):
     """Decodes a PIL.Image that has just been opened; returns uint8 (size, size, 3)."""
     shape = (size, size)
     bicubic = Image.Resampling.BICUBIC
-    can_decode_small = image.format == "JPEG" and "progression" not in image.info
+    is_jpeg = image.format in ("JPEG", "MPO")
+    can_decode_small = is_jpeg and "progression" not in image.info
     if image.width * image.height > MAX_PIXELS and not can_decode_small:
         raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
     # large JPEGs decode faster at 1/2, 1/4 or 1/8 of their size, but never below `size`
     image.draft(None, shape)
     image.load()
+    white = white_value(image)
     # damaged EXIF data can raise anything, but the image itself is fine
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit gray: convert() would clip it instead of scaling it
-        image = image.convert("I").resize(shape, bicubic)
-        gray = np.asarray(image).clip(0, 65535) >> 8
-        image = Image.fromarray(gray.astype(np.uint8))
+    if white:
+        # convert("RGB") would clip it instead of scaling it
+        if image.mode == "F":
+            values = np.nan_to_num(np.asarray(image), posinf=white, neginf=0)
+            image = Image.fromarray(values.clip(0, white))
+        else:
+            image = image.convert("I")
+        gray = np.asarray(image.resize(shape, bicubic)) * (255 / white)
+        image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA").resize(shape, bicubic)
-        white = Image.new("RGBA", shape, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
+        background = Image.new("RGBA", shape, "white")
+        image = Image.alpha_composite(background, image).convert("RGB")
     else:
         image = image.convert("RGB").resize(shape, bicubic)
     return np.array(image)
+
+
+def white_value(image):
+    """
+    The value that means white in a gray image of more than 8 bits; None for other images. For 16
+    bits, it is the type's largest value. For 32 bits, it is 1 (floats only) or 255, or the image's
+    largest value if that is larger.
+    """
+    if image.mode.startswith("I;16"):
+        # TIFF also has 12 bits
+        bits = image.tag_v2[258][0] if image.format == "TIFF" else 16
+        return 2**bits - 1
+    if image.mode == "I" and image.format in ("PPM", "PNG"):
+        return 2**16 - 1
+    if image.mode not in ("I", "F"):
+        return None
+    values = np.asarray(image)
+    high = values.max(initial=0, where=np.isfinite(values))
+    if image.mode == "F" and high < 8:
+        # some values may exceed 1 a little
+        return max(1, high)
+    return max(255, high)
 
 
 def error_text(error):
@@ -126,7 +238,7 @@ def list_images(source):
     __MACOSX/ and ._* files.
 
     An entry is what read_entry takes: a path in a folder, a ZipInfo in a zip, (offset, length) in a
-    tar. It is None in a compressed tar, which can only be read from its beginning.
+    tar. In a compressed tar, which can only be read from its beginning, it is (None, name).
     """
     if os.path.isdir(source):
         entries = list_folder(source)
@@ -144,13 +256,28 @@ def list_images(source):
 
 
 def list_folder(source):
-    """list_images of a folder."""
+    """list_images of a folder. Linked folders are entered, but no folder is entered twice."""
     entries = {}
-    for folder, _, files in os.walk(source, onerror=raise_unreadable):
-        for file in files:
-            path = os.path.join(folder, file)
-            name = os.path.relpath(path, source).replace(os.sep, "/")
-            entries[name] = path
+    seen = set()
+    starts = [source]
+    for start in starts:
+        for folder, subfolders, files in os.walk(start, onerror=raise_unreadable):
+            real = os.path.realpath(folder)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            for file in files:
+                path = os.path.join(folder, file)
+                name = os.path.relpath(path, source).replace(os.sep, "/")
+                entries[name] = path
+            for subfolder in sorted(subfolders):
+                path = os.path.join(folder, subfolder)
+                if os.path.islink(path):
+                    # a link to a folder that contains it would list that folder's other files
+                    target = os.path.join(os.path.realpath(path), "")
+                    if not os.path.join(real, "").startswith(target):
+                        starts.append(path)
     return entries
 
 
@@ -162,41 +289,86 @@ def raise_unreadable(error):
 def list_zip(source):
     """list_images of a zip."""
     entries = {}
+    links = {}
     try:
         with zipfile.ZipFile(source) as archive:
             for info in archive.infolist():
-                if not info.is_dir():
-                    entries.setdefault(info.filename.removeprefix("./"), info)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+                path = zip_name(info).removeprefix("./")
+                is_link = stat.S_ISLNK(info.external_attr >> 16) and info.file_size < 4096
+                if is_link and not info.flag_bits & 1:
+                    target = archive.read(info).decode(errors="replace")
+                    links.setdefault(path, posixpath.join(posixpath.dirname(path), target))
+                elif not info.is_dir():
+                    entries.setdefault(path, info)
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, NotImplementedError,
+        OSError
+    ) as error:
         raise UserError(f"{source}: damaged zip: {error}") from None
     if any(info.flag_bits & 1 for info in entries.values()):
         raise UserError(f"{source}: the zip is encrypted; unpack it and pass the folder")
-    return entries
+    return resolve_links(links, entries) | entries
+
+
+def zip_name(info):
+    """A file's name in a zip. Many programs write UTF-8 without the flag that says so."""
+    if info.flag_bits & 0x800:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.filename
 
 
 def list_tar(source):
     """list_images of a tar."""
     entries = {}
+    links = {}
     try:
         with tarfile.open(source) as archive:
-            is_compressed = not isinstance(archive.fileobj, io.BufferedReader)
+            is_stream = not isinstance(archive.fileobj, io.BufferedReader)
             for member in archive:
+                path = member.name.removeprefix("./")
                 if member.isfile():
-                    entry = None if is_compressed else (member.offset_data, member.size)
-                    entries.setdefault(member.name.removeprefix("./"), entry)
+                    entry = (None, path) if is_stream else (member.offset_data, member.size)
+                    entries.setdefault(path, entry)
+                elif member.issym():
+                    target = posixpath.join(posixpath.dirname(path), member.linkname)
+                    links.setdefault(path, target)
+                elif member.islnk():
+                    links.setdefault(path, member.linkname)
                 # otherwise tarfile keeps all headers in memory
                 archive.members = []
     except (
         tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, OSError
     ) as error:
         raise UserError(f"{source}: not a folder, a zip or a complete tar: {error}") from None
-    return entries
+    return resolve_links(links, entries) | entries
 
 
-def read_entry(source, entry):
+def resolve_links(links, entries):
+    """{path: entry} of links, {path: target}, that lead to one of the entries."""
+    found = {}
+    for path, target in links.items():
+        # a link may lead to a link; this many times, or else it is a loop
+        for _ in range(40):
+            target = posixpath.normpath(target)
+            if target in entries:
+                found[path] = entries[target]
+                break
+            target = links.get(target, target)
+    return found
+
+
+def is_compressed(entries):
+    """Whether list_images' entries are those of a compressed tar."""
+    return any(isinstance(entry, tuple) and entry[0] is None for entry in entries.values())
+
+
+def read_entry(source, entry, name):
     """
-    What load_image takes, for an entry of list_images(source) or for the bytes of a file. Raises
-    UserError if the entry is damaged or too large.
+    What load_image takes, for an entry of list_images(source) or for the bytes of a file: a path or
+    an open file with this name. Raises UserError if the entry is damaged or too large.
     """
     if isinstance(entry, str):
         return entry
@@ -209,12 +381,37 @@ def read_entry(source, entry):
     if length > download.IMAGE_BYTES:
         raise UserError(f"more than {download.IMAGE_BYTES >> 20} MB, too large for an image")
     if isinstance(entry, bytes):
-        return entry
-    with open(source, "rb") as archive:
-        if isinstance(entry, tuple):
-            archive.seek(offset)
-            return archive.read(length)
-        return read_zip_entry(source, archive, entry)
+        data = entry
+    else:
+        with open(source, "rb") as archive:
+            if isinstance(entry, tuple):
+                archive.seek(offset)
+                data = archive.read(length)
+            else:
+                data = read_zip_entry(source, archive, entry)
+    file = io.BytesIO(data)
+    file.name = name  # for messages
+    return file
+
+
+def same_bytes(source, entries):
+    """Whether these entries of list_images(source) hold the same; False if that is unknown."""
+    first = None
+    for entry in entries:
+        if isinstance(entry, tuple) and entry[0] is None:
+            return False
+        try:
+            file = read_entry(source, entry, "")
+            if isinstance(file, str):
+                file = open(file, "rb")
+            with file:
+                data = file.read()
+        except (UserError, OSError):
+            return False
+        first = data if first is None else first
+        if data != first:
+            return False
+    return True
 
 
 def read_zip_entry(source, archive, entry):
@@ -252,13 +449,15 @@ def write_images(source, entries, images, out_dir, size, workers):
         for row, path in enumerate(paths):
             target[path] = (file, row)
 
-    is_compressed = None in entries.values()
-    if is_compressed:
-        stream = read_compressed_tar(source, set(target))
+    if is_compressed(entries):
+        stream = read_compressed_tar(source, {path: entries[path][1] for path in target})
+        batch_size = 32  # whole files
     else:
         stream = ((path, entries[path]) for path in target)
-    # files of a compressed tar are passed to the workers in memory
-    batch_size = 32 if is_compressed else 256
+        batch_size = 256
+    if sys.platform == "win32":
+        # the most that Windows can wait for
+        workers = min(workers, 61)
     errors = {}
     done = 0
     start = time.monotonic()
@@ -267,7 +466,7 @@ def write_images(source, entries, images, out_dir, size, workers):
             batch = list(itertools.islice(stream, batch_size))
             if not batch:
                 break
-            tasks = [(source, entry, size, *target[path]) for path, entry in batch]
+            tasks = [(source, entry, path, size, *target[path]) for path, entry in batch]
             try:
                 results = list(pool.map(write_image, tasks, chunksize=4))
             except BrokenProcessPool:
@@ -286,15 +485,19 @@ def write_images(source, entries, images, out_dir, size, workers):
     return errors
 
 
-def read_compressed_tar(source, paths):
-    """Yields (path, bytes) for these paths, in the tar's order, in one pass."""
+def read_compressed_tar(source, names):
+    """Yields (path, bytes) for names, {path: name in the tar}, in the tar's order, in one pass."""
+    paths = defaultdict(list)
+    for path, name in names.items():
+        paths[name].append(path)
     with tarfile.open(source, "r|*") as archive:
         for member in archive:
-            path = member.name.removeprefix("./")
-            if member.isfile() and path in paths:
-                paths.remove(path)
+            name = member.name.removeprefix("./")
+            if member.isfile() and name in paths:
                 # one byte more than allowed, so that read_entry notices
-                yield path, archive.extractfile(member).read(download.IMAGE_BYTES + 1)
+                data = archive.extractfile(member).read(download.IMAGE_BYTES + 1)
+                for path in paths.pop(name):
+                    yield path, data
             archive.members = []
 
 
@@ -314,9 +517,9 @@ def exit_with_parent():
 
 def write_image(task):
     """In a worker: decodes one image into its row of a file. Returns the error's text, or None."""
-    source, entry, size, path, row = task
+    source, entry, name, size, path, row = task
     try:
-        image = load_image(read_entry(source, entry), size)
+        image = load_image(read_entry(source, entry, name), size)
     except UserError as error:
         return str(error)
     with open(path, "r+b") as file:

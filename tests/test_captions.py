@@ -71,6 +71,12 @@ def write_formats():
         lines.append(json.dumps(record, ensure_ascii=False))
         records.append({"image": f"./{name}", "captions": texts})
     karpathy.append({"filename": "none.jpg", "split": "test", "sentences": []})
+    # LAVIS, Hugging Face
+    blip = [{"caption": text, "image": f"val2014/{name}", "image_id": f"coco_{name}"}
+            for name, _, text in rows]
+    blip_lists = [{"image": name, "caption": texts} for name, texts in CAPTIONS.items()]
+    metadata = [json.dumps({"file_name": name, "text": text}) for name, _, text in rows]
+    metadata_csv = ["file_name,text"] + [csv_line(name, text) for name, _, text in rows]
     ids = {image["file_name"]: image["id"] for image in coco_images}
     notes = [{"id": 7, "image_id": ids[name], "caption": text} for name, _, text in rows]
     return {
@@ -85,6 +91,10 @@ def write_formats():
         "HanCai98": json.dumps(hancai),
         "JSON lines": "\n".join(lines),
         "JSON list": json.dumps(records),
+        "BLIP, a caption each": json.dumps(blip),
+        "BLIP, lists": json.dumps(blip_lists),
+        "imagefolder's metadata.jsonl": "\n".join(metadata),
+        "imagefolder's metadata.csv": "\n".join(metadata_csv),
     }
 
 
@@ -172,6 +182,10 @@ def test_a_quoted_caption_may_contain_line_ends(tmp_path):
      "split is 'trian', expected train"),
     (b'{"image": "1.jpg", "captions": ["\\ud83d"]}\n{"image": "1.jpg"}',
      "record 2: not an image name with captions"),
+    (b'[{"image": "1.jpg", "label": 3}]',
+     "record 1: .*no text in captions, caption, comment, raw, text"),
+    (b'[{"path": "1.jpg", "caption": "x"}]',
+     "record 1: .*no image, image_name, filename, file_name"),
 ])
 def test_unusable_caption_files(tmp_path, data, message):
     (tmp_path / "file").write_bytes(data)
@@ -187,3 +201,50 @@ def test_names_match_paths_with_or_without_folder_and_extension():
     }
     with pytest.raises(UserError, match="1 may be a/1.jpg or b/1.jpg"):
         match_names(["1"], paths)
+
+
+def match(names, paths):
+    """match_names' result, or the text of its error."""
+    try:
+        return match_names(names, paths)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("paths, expected", [
+    # an exact path wins
+    (["a/0.jpg", "a/a/0.jpg"], {"a/0.jpg": "a/0.jpg", "a/a/0.jpg": "a/a/0.jpg"}),
+    (["a/0.jpg", "a/a/0.jpg"], {"a/0": "a/0.jpg", "a/a/0": "a/a/0.jpg"}),
+    (["0.jpg", "thumbs/0.jpg"], {"0.jpg": "0.jpg"}),
+    (["0.jpg", "thumbs/0.jpg"], {"0": "0.jpg"}),
+    # the most last parts in common
+    (["cats/0.jpg", "dogs/0.jpg"], {"cls/cats/0.jpg": "cats/0.jpg", "cls/dogs/0": "dogs/0.jpg"}),
+    (["cats/0.jpg", "dogs/0.jpg"], {"/home/x/cls/dogs/0.jpg": "dogs/0.jpg"}),
+    (["x/cats/0.jpg", "x/dogs/0.jpg"], {"y/cats/0.jpg": "x/cats/0.jpg"}),
+    (["x/cats/0.png", "x/dogs/0.jpg"], {"cats/0.jpg": "x/cats/0.png"}),
+    # the extension decides
+    (["0.jpg", "0.png"], {"0.png": "0.png"}),
+    # of NFC and NFD: both are found, and an exact name wins
+    (["cafe\u0301.jpg"], {"caf\u00e9.jpg": "cafe\u0301.jpg"}),
+    (["caf\u00e9.jpg"], {"a/cafe\u0301": "caf\u00e9.jpg"}),
+    (["caf\u00e9.jpg", "cafe\u0301.jpg"],
+     {"caf\u00e9.jpg": "caf\u00e9.jpg", "cafe\u0301.jpg": "cafe\u0301.jpg"}),
+])
+def test_which_path_a_name_means(paths, expected):
+    assert match(list(expected), paths) == expected
+
+
+@pytest.mark.parametrize("names, paths", [
+    # another name has a better claim
+    (["a/0.jpg", "b/0.jpg"], ["a/0.jpg"]),
+    (["x/cats/0.jpg", "y/cats/0.jpg"], ["cats/0.jpg"]),
+    (["0.jpg", "0.gif"], ["0.png"]),
+])
+def test_a_file_is_not_taken_for_another(names, paths):
+    expected = {name: name for name in names if name in paths}
+    assert match(names, paths) == expected
+
+
+def test_a_name_that_fits_two_paths_is_an_error():
+    assert "0.jpg may be a/0.jpg or b/0.jpg" in match(["0.jpg"], ["a/0.jpg", "b/0.jpg"])
+    assert "0 may be 0.jpg or 0.png" in match(["0"], ["0.jpg", "0.png"])

@@ -27,6 +27,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         server = self.server
         trouble = server.script.pop(0) if server.script else "ok"
         asked = self.headers.get("Range")
+        server.agent = self.headers.get("User-Agent")
         server.seen.append((self.path, asked, self.headers.get("If-Range")))
         if trouble.isdigit():
             return self.reply(int(trouble), b"no")
@@ -181,6 +182,14 @@ def test_fetch_image(mirror, monkeypatch):
     monkeypatch.setattr(download, "IMAGE_BYTES", len(body) - 1)
     with pytest.raises(UserError, match="too large for an image"):
         download.fetch_image(f"{mirror.url}/file")
+
+
+def test_requests_name_this_program(mirror, tmp_path):
+    download.fetch_image(f"{mirror.url}/file")
+    assert mirror.agent.startswith("nanoCaption")
+    mirror.agent = ""
+    download.download(f"{mirror.url}/file", str(tmp_path / "file"))
+    assert mirror.agent.startswith("nanoCaption")
 
 
 def test_names_on_the_hub(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import unicodedata
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -158,16 +159,112 @@ def test_archives_and_workers_give_the_same_bytes(source, capsys):
 
 
 def test_two_images_with_the_same_name(source, capsys):
-    shutil.copy(source / "images" / "1.jpg", source / "images" / "deep" / "1.jpg")
+    (source / "images" / "other").mkdir()
+    random_image(9).save(source / "images" / "other" / "3.jpg")
     error = fails(capsys, *arguments(source, split_files=None))
-    assert "1.jpg may be 1.jpg or deep/1.jpg" in error
+    assert "3.jpg may be deep/3.jpg or other/3.jpg" in error
+    (source / "images" / "other" / "3.jpg").unlink()
+    shutil.copy(source / "images" / "1.jpg", source / "images" / "deep" / "1.jpg")
     records = []
-    for n, name in enumerate(("deep/1.jpg", "images/1.jpg", "elsewhere/3")):
+    for n, name in enumerate(("deep/1.jpg", "photos/1.jpg", "elsewhere/3")):
         records.append({"image": name, "captions": [f"{name} {n}"], "split": "train"})
     write_jsonl(source / "captions.jsonl", records)
-    # paths inside the folder don't contain "images": that name gets no image, not even another's
+    # there is no folder "photos": that name gets no image, not even another's
     succeeds(capsys, *arguments(source, split_files=None))
     assert texts(source / "out", "train") == {"1.jpg": ["deep/1.jpg 0"], "3.jpg": ["elsewhere/3 2"]}
+
+
+@pytest.fixture
+def twice(tmp_path):
+    """A folder and a zip that hold 0.png and 1.png twice, and captions.jsonl."""
+    (tmp_path / "cls" / "a" / "a").mkdir(parents=True)
+    for n in range(2):
+        for folder in ("a", "a/a"):
+            random_image(n).save(tmp_path / "cls" / folder / f"{n}.png")
+    for name in ("cls.zip", "cls.tar", "cls.tar.gz"):
+        format = {".zip": "zip", ".tar": "tar", ".gz": "gztar"}[Path(name).suffix]
+        shutil.make_archive(str(tmp_path / "cls"), format, tmp_path / "cls")
+    records = [{"image": f"{n}.png", "captions": [f"{n}"], "split": "train"} for n in range(2)]
+    write_jsonl(tmp_path / "captions.jsonl", records)
+    return tmp_path
+
+
+@pytest.mark.parametrize("images", ["cls", "cls.zip", "cls.tar"])
+def test_of_equal_files_the_least_deep_is_taken(twice, capsys, images):
+    changed = dict(images=twice / images, split_files=None)
+    out = succeeds(capsys, *arguments(twice, **changed))
+    assert "images without captions or not in any list: 2, such as a/a/0.png" in out
+    assert texts(twice / "out", "train") == {"0.png": ["0"], "1.png": ["1"]}
+
+
+def test_other_files_with_the_same_name_are_an_error(twice, capsys):
+    random_image(9).save(twice / "cls" / "a" / "a" / "1.png")
+    error = fails(capsys, *arguments(twice, images=twice / "cls", split_files=None))
+    assert "1.png may be a/1.png or a/a/1.png" in error
+    # not compared: that would take another pass
+    error = fails(capsys, *arguments(twice, images=twice / "cls.tar.gz", split_files=None))
+    assert "0.png may be a/0.png or a/a/0.png" in error
+
+
+def test_metadata_in_the_folder_of_its_images(tmp_path, capsys):
+    """Hugging Face's imagefolder, with the same names in both splits."""
+    files = []
+    for split in ("train", "val"):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        random_image(len(split)).save(folder / "0.png")
+        write_jsonl(folder / "metadata.jsonl", [{"file_name": "0.png", "text": f"a {split} dog"}])
+        files.append(f"{split}={folder}/metadata.jsonl")
+    changed = dict(images=tmp_path / "data", captions=files, split_files=None)
+    succeeds(capsys, *arguments(tmp_path, **changed))
+    for split in ("train", "val"):
+        assert texts(tmp_path / "out", split) == {f"{split}/0.png": [f"a {split} dog"]}
+        [image] = Dataset(tmp_path / "out").split(split).read_images([0])
+        assert np.array_equal(image, load_image(tmp_path / "data" / split / "0.png", 16))
+
+
+@pytest.mark.parametrize("prefix", ["", "cls/", "../data/cls/", "{folder}/cls/"])
+def test_names_with_more_folders_than_the_paths(twice, capsys, prefix):
+    prefix = prefix.format(folder=twice)
+    random_image(9).save(twice / "cls" / "a" / "a" / "1.png")
+    names = ["a/0.png", "a/a/0.png", "a/1.png", "a/a/1.png"]
+    random_image(8).save(twice / "cls" / "0.png")
+    names += ["0.png"] if prefix in ("", "cls/", f"{twice}/cls/") else []
+    records = []
+    for name in names:
+        records.append({"image": prefix + name, "captions": [name], "split": "train"})
+    write_jsonl(twice / "captions.jsonl", records)
+    out = succeeds(capsys, *arguments(twice, images=twice / "cls", split_files=None))
+    assert "skipped images: 0, captions: 0" in out
+    assert texts(twice / "out", "train") == {name: [name] for name in names}
+
+
+def test_linked_folders_are_read_and_watched(source, capsys):
+    (source / "images" / "deep").rename(source / "elsewhere")
+    (source / "images" / "deep").symlink_to(source / "elsewhere")
+    (source / "images" / "loop").symlink_to(source / "images")
+    out = succeeds(capsys, *arguments(source))
+    assert "skipped images: 0, captions: 1" in out
+    assert "is up to date" in succeeds(capsys, *arguments(source))
+    os.utime(source / "elsewhere" / "3.jpg", (2e9, 2e9))
+    assert "images has changed" in fails(capsys, *arguments(source))
+
+
+def test_unicode_names(source, capsys):
+    """NFC captions, NFD files: one name, one split, the same data."""
+    results = []
+    for out, form in (("nfc", "NFC"), ("nfd", "NFD")):
+        folder = source / f"images-{form}"
+        folder.mkdir()
+        records = []
+        for n in range(40):
+            random_image(n).save(folder / unicodedata.normalize(form, f"é{n}.png"))
+            records.append({"image": f"é{n}.png", "captions": [f"é{n}"]})
+        write_jsonl(source / "captions.jsonl", records)
+        succeeds(capsys, *arguments(source, out, images=folder, split_files=None))
+        results.append(contents(source / out))
+        assert Dataset(source / out).split("train").names[0].startswith("é")
+    assert results[0] == results[1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -213,6 +310,29 @@ def test_unreadable_images_leave_no_row_and_one_percent_is_the_limit(many, capsy
     assert not (many / "out" / "meta.json").exists()
     succeeds(capsys, *many_arguments(many, captions, "--allow_missing"))
     assert len(Dataset(many / "out").split("train")) == 197
+
+
+@pytest.mark.parametrize("record, lack", [
+    ({"image": "000.png", "label": "dog"}, "no text in captions, caption"),
+    ({"path": "000.png", "caption": "A dog"}, "no image, image_name"),
+])
+def test_no_usable_caption(many, capsys, record, lack):
+    write_jsonl(many / "captions.jsonl", [record, record])
+    args = many_arguments(many, {})
+    write_jsonl(many / "captions.jsonl", [record, record])
+    error = fails(capsys, *args, "--allow_missing")
+    assert "record 1" in error and lack in error
+    assert (many / "out" / "skipped.txt").exists()
+    assert (many / "out" / "skipped.txt").read_text().count("caption\t") == 2
+
+
+def test_a_heic_photo_is_named(many, capsys):
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+    (many / "images" / "IMG_1.HEIC").write_bytes(heic)
+    captions = {f"{n:03}.png": f"number {n}" for n in range(200)} | {"IMG_1": "a dog"}
+    succeeds(capsys, *many_arguments(many, captions))
+    skipped = (many / "out" / "skipped.txt").read_text()
+    assert "IMG_1.HEIC" in skipped and "HEIC, which Pillow can't decode" in skipped
 
 
 def test_captions_without_images(many, capsys):

@@ -84,6 +84,36 @@ def test_sample_captions_images_and_names_unreadable_ones(trained, data, photos,
     assert Image.open(sheet).width > 400
 
 
+def test_all_readable_images_of_a_folder(trained, tmp_path):
+    """Whatever can be decoded is captioned; everything else is counted and named."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    image = Image.fromarray(random_images(1, 50)[0].numpy())
+    formats = {"a.jpg": "JPEG", "b.jfif": "JPEG", "c.jpe": "JPEG", "d.mpo": "MPO", "e": "JPEG",
+               "f.bak": "PNG", "g.PBM": "PPM"}
+    for name, format in formats.items():
+        image.save(folder / name, format)
+    for name in ("h.HEIC", "i"):
+        (folder / name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    (folder / "notes.txt").write_text("Python is not an image")
+    (folder / ".hidden").write_text("nor is this")
+    done = sample("--image", folder, "--out_dir", trained, "--json", check=False)
+    names = [os.path.basename(line["image"]) for line in json_lines(done)]
+    assert names == list(formats)
+    errors = done.stderr.decode()
+    assert f"skipped in {folder}, not images: 1 (notes.txt)\n" in errors
+    assert "h.HEIC: not a readable image: HEIC, which Pillow can't decode; convert" in errors
+    assert "/i: not a readable image: HEIC" in errors
+    assert "2 of 9 images could not be captioned" in errors
+    assert done.returncode == 1
+
+
+def test_an_url_may_be_upper_case(trained):
+    done = sample("--image", "HTTP://127.0.0.1:1/a.jpg", "--out_dir", trained, check=False)
+    assert b"HTTP://127.0.0.1:1/a.jpg: can't be downloaded" in done.stderr
+    assert done.returncode == 1
+
+
 def test_sample_prints_a_line_for_each_caption_and_reference(trained, data, photos):
     done = sample("--image", photos / "a.png", data, "--limit", "1", "--out_dir", trained)
     lines = done.stdout.decode().splitlines()
