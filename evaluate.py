@@ -68,7 +68,7 @@ def parse_args():
         if not os.path.isdir(folder):
             raise UserError(f"--save {args.save}: no folder {folder}; create it first")
     if args.sheet:
-        sheet_format(args.sheet)
+        sheet_format("--sheet", args.sheet)
     return args
 
 

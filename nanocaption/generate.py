@@ -2,36 +2,50 @@
 import numpy as np
 import torch
 
+from nanocaption.attention_maps import check_attention, word_attention
 from nanocaption.images import load_image
 from nanocaption.precision import autocast
 
 
 def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, seed=0,
-                   temperature=1.0, top_k=0, top_p=1.0, length_penalty=None, **limits):
+                   temperature=1.0, top_k=0, top_p=1.0, length_penalty=None, attention=False,
+                   **limits):
     """
     Captions of uint8 images (N, S, S, 3) with any S: for each image a list of {"text": str,
     "logprob": float, in nats}. One caption by beam search (beam=1 is greedy), or num_samples > 1
     sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram; see nanocaption/search.py. By
     default, beam and length_penalty are the checkpoint's.
+
+    With attention (beam search only) each has "attention" too: where each word looked, a list of
+    (word, float32 (g, g) over the grid of patches, which sums to 1). See attention_maps.py.
     """
     if beam is None:
         beam = captioner.beam
     if length_penalty is None:
         length_penalty = captioner.length_penalty
     model = captioner.model
+    if attention:
+        check_attention(model, num_samples)
     device = model.mean.device
     results = []
     for start in range(0, len(images), batch_size):
         batch = np.ascontiguousarray(images[start:start + batch_size])
         batch = torch.from_numpy(batch).to(device)
-        with autocast(device, captioner.dtype):
+        with torch.no_grad(), autocast(device, captioner.dtype):
+            image = model.encode(batch)
             if num_samples > 1:
-                found = model.sample(batch, num_samples, temperature, top_k, top_p,
+                found = model.sample(image, num_samples, temperature, top_k, top_p,
                                      seed=seed + start, **limits)
             else:
-                found = model.beam_search(batch, beam, length_penalty, **limits)
-        for captions in found:
-            results.append([describe_caption(captioner, *caption) for caption in captions])
+                found = model.beam_search(image, beam, length_penalty, **limits)
+            if attention:
+                captions = [ids for [(ids, _)] in found]
+                words = word_attention(model, captioner.tokenizer, image, captions)
+        for i, captions in enumerate(found):
+            described = [describe_caption(captioner, *caption) for caption in captions]
+            if attention:
+                described[0]["attention"] = words[i]
+            results.append(described)
     return results
 
 
@@ -40,10 +54,11 @@ def describe_caption(captioner, ids, logprob):
     return {"text": captioner.tokenizer.decode(ids).strip(), "logprob": logprob}
 
 
-def caption(captioner, image, **options):
+def caption(captioner, image, attention=False, **options):
     """
     The caption, a str, of an image: a path, an http(s) URL, bytes or a binary file; for a list of
-    images, a list. With num_samples=k, k captions of each. options: see caption_images.
+    images, a list. With num_samples=k, k captions of each. With attention, (caption, [(word, where
+    it looked), ...]) instead of the caption. options: see caption_images.
 
     Raises UserError, a ValueError, for anything that is not an image.
     """
@@ -53,7 +68,9 @@ def caption(captioner, image, **options):
         return []
     images = np.stack([load_image(source, captioner.image_size) for source in sources])
     texts = []
-    for captions in caption_images(captioner, images, **options):
+    for captions in caption_images(captioner, images, attention=attention, **options):
         found = [c["text"] for c in captions]
+        if attention:
+            found = [(c["text"], c["attention"]) for c in captions]
         texts.append(found if options.get("num_samples", 1) > 1 else found[0])
     return texts if several else texts[0]

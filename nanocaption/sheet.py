@@ -1,5 +1,6 @@
-"""A contact sheet: images in a grid, each with its text below."""
+"""A contact sheet: images in a grid, each with its text below; and strips of attention maps."""
 import contextlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,13 +19,18 @@ SYSTEM_FONTS = (
     "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansDevanagari-Regular.ttf",
     "NotoSansThai-Regular.ttf", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc", "Nirmala.ttf",
 )
+# matplotlib's color map, from low to high: its brightness rises evenly, so it works in gray too
+VIRIDIS = np.array([
+    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140),
+    (40, 174, 128), (94, 201, 98), (173, 220, 48), (253, 231, 37),
+])
 
 
-def sheet_format(path):
-    """The format of a sheet's extension. Raises UserError if it can't be written."""
+def sheet_format(option, path):
+    """The format of a path's extension. Raises UserError, naming the option, if it has none."""
     name = Image.registered_extensions().get(Path(path).suffix.lower())
     if name not in FORMATS or name not in Image.SAVE:
-        raise UserError(f"--sheet {path}: expected an image file name, such as sheet.png")
+        raise UserError(f"{option} {path}: expected an image file name, such as sheet.png")
     return name
 
 
@@ -88,55 +94,112 @@ def wrap(text, font, width):
 def draw_sheet(path, images, texts, columns=4, size=200):
     """
     Writes a sheet to path, in the format of its extension. images: uint8 (S, S, 3) each, drawn
-    with `size` pixels per side; texts: one str, of any number of lines, for each image.
-
-    Rows beyond the format's largest height go to more files: sheet-2.png, ... Returns the paths.
+    with `size` pixels per side; texts: one str, of any number of lines, for each image. Returns
+    the paths of the files written, see save_bands.
     """
-    format = sheet_format(path)
-    limit = 16_383 if format == "WEBP" else 65_500
     font = pick_font(texts)
     blocks = [wrap(text, font, size) for text in texts]
     columns = min(columns, len(blocks))
-    parts = [[]]  # the rows of each file
-    total = MARGIN
+    width = columns * (size + MARGIN) + MARGIN
+    bands = []
     for start in range(0, len(blocks), columns):
         row = range(start, min(start + columns, len(blocks)))
         height = size + LINE * max(len(blocks[i]) for i in row) + 12
-        if height + MARGIN > limit:
-            raise UserError(
-                f"--sheet {path}: the texts of an image need {height:,} pixels; at most "
-                f"{limit - MARGIN:,} fit into {format}; draw fewer captions"
-            )
-        if total + height > limit:
+        band = Image.new("RGB", (width, height), "white")
+        for column, i in enumerate(row):
+            x = MARGIN + column * (size + MARGIN)
+            band.paste(resize(images[i], size), (x, 0))
+            draw_text(band, (x, size + 2), blocks[i], font)
+        bands.append(band)
+    return save_bands(path, bands)
+
+
+def draw_strips(path, images, texts, attention, columns=6, size=126):
+    """
+    Writes strips to path: each image's text, then the image and, for each word, the image with the
+    word's attention over it. images, texts: see draw_sheet; attention: a list of (word, float
+    (g, g)) for each image, as from caption_images. Returns the paths, see save_bands.
+    """
+    font = pick_font(texts)
+    width = columns * (size + MARGIN) + MARGIN
+    cell = size + LINE + 6
+    bands = []
+    for image, text, words in zip(images, texts, attention):
+        heading = wrap(text, font, width - 2 * MARGIN)
+        image = resize(image, size)
+        tiles = [(image, "")]
+        for word, weights in words:
+            tiles.append((overlay(image, weights), wrap(word, font, size)[0]))
+        top = LINE * len(heading) + 6
+        n_rows = math.ceil(len(tiles) / columns)
+        band = Image.new("RGB", (width, top + cell * n_rows + 2 * MARGIN), "white")
+        draw_text(band, (MARGIN, 0), heading, font)
+        for i, (tile, word) in enumerate(tiles):
+            x = MARGIN + i % columns * (size + MARGIN)
+            y = top + i // columns * cell
+            band.paste(tile, (x, y))
+            draw_text(band, (x, y + size + 2), [word], font)
+        bands.append(band)
+    return save_bands(path, bands)
+
+
+def resize(image, size):
+    """uint8 (S, S, 3) -> a PIL image of `size` pixels per side"""
+    return Image.fromarray(np.asarray(image)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def draw_text(image, place, lines, font):
+    """Draws lines of text on a PIL image; place: (x, y) of the first one."""
+    x, y = place
+    draw = ImageDraw.Draw(image)
+    for n, line in enumerate(lines):
+        draw.text((x, y + LINE * n), line, "black", font)
+
+
+def overlay(image, weights):
+    """
+    A PIL image with weights (g, g) over it, in viridis from 0 to the largest weight. Where that
+    is, the result is brighter than any pixel with weight 0, whatever the image.
+    """
+    weights = Image.fromarray(np.float32(weights / weights.max()))
+    weights = np.asarray(weights.resize(image.size, Image.Resampling.BILINEAR))
+    stops = np.linspace(0, 1, len(VIRIDIS))
+    colors = np.stack([np.interp(weights, stops, channel) for channel in VIRIDIS.T], axis=2)
+    gray = np.asarray(image.convert("L"))[..., None]
+    opacity = 0.6 + 0.25 * weights[..., None]
+    return Image.fromarray(np.uint8(opacity * colors + (1 - opacity) * gray))
+
+
+def save_bands(path, bands):
+    """
+    Writes PIL images of one width, one below the other, to path. Those beyond the format's largest
+    height go to more files: sheet-2.png, ... Returns the paths.
+    """
+    format = sheet_format("sheet", path)
+    limit = 16_383 if format == "WEBP" else 65_500
+    parts = []  # the bands of each file
+    total = limit
+    for band in bands:
+        if band.height + MARGIN > limit:
+            raise UserError(f"{path}: an image and its texts need {band.height:,} pixels; at most "
+                            f"{limit - MARGIN:,} fit into {format}; draw fewer captions")
+        if total + band.height + MARGIN > limit:
             parts.append([])
             total = MARGIN
-        parts[-1].append((row, height))
-        total += height
+        parts[-1].append(band)
+        total += band.height
 
     os.makedirs(Path(path).parent, exist_ok=True)
     root, extension = os.path.splitext(path)
     paths = []
     for number, part in enumerate(parts, 1):
+        height = sum(band.height for band in part) + MARGIN
+        sheet = Image.new("RGB", (bands[0].width, height), "white")
+        y = MARGIN
+        for band in part:
+            sheet.paste(band, (0, y))
+            y += band.height
         paths.append(str(path) if number == 1 else f"{root}-{number}{extension}")
-        sheet = draw_rows(part, images, blocks, font, size)
         with atomic_write(paths[-1]) as file:
             sheet.save(file, format)
     return paths
-
-
-def draw_rows(rows, images, blocks, font, size):
-    """A PIL.Image of some rows, (indices of images, height) each."""
-    width = max(len(row) for row, _ in rows) * (size + MARGIN) + MARGIN
-    sheet = Image.new("RGB", (width, sum(height for _, height in rows) + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = MARGIN
-    for row, height in rows:
-        x = MARGIN
-        for i in row:
-            image = Image.fromarray(np.asarray(images[i]))
-            sheet.paste(image.resize((size, size), Image.Resampling.BICUBIC), (x, y))
-            for n, line in enumerate(blocks[i]):
-                draw.text((x, y + size + 2 + LINE * n), line, "black", font)
-            x += size + MARGIN
-        y += height
-    return sheet
