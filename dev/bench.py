@@ -304,7 +304,7 @@ class Ours:
         images, captions = self.get_batch()
         is_token = captions["targets"] >= 0
         targets = captions["targets"][is_token]
-        yield "data"
+        yield "data, again"
         with self.autocast:
             image = model.encode(images)
             yield "forward: encoder"
