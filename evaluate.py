@@ -31,7 +31,7 @@ COLUMNS = {
     "CIDEr": "cider", "BLEU-1": "bleu1", "BLEU-2": "bleu2", "BLEU-3": "bleu3", "BLEU-4": "bleu4",
     "ROUGE-L": "rouge_l", "distinct": "distinct", "words": "mean_words",
 }
-N_SHEET = 10  # images in each row of --sheet
+N_SHEET = 4  # images in each row of --sheet: as wide as a page on GitHub
 
 
 def parse_args():
@@ -223,7 +223,7 @@ def draw_extremes(path, source, texts, scores, size):
     order = np.argsort(-np.array(scores), kind="stable").tolist()
     n = min(N_SHEET, len(order))
     middle = (len(order) - n) // 2
-    rows = {"best": order[:n], "median": order[middle:middle + n], "worst": order[-n:]}
+    rows = {"best": order[:n], "median": order[middle:middle + n], "worst": order[::-1][:n]}
     images = []
     labels = []
     for row, index in rows.items():

@@ -38,7 +38,7 @@ from nanocaption.precision import DTYPES, make_autocast
 from nanocaption.scst import sample_captions, sharpen, token_advantages, train_frequencies
 from nanocaption.signals import StopSignal
 from nanocaption.tokenizer import DECODER_PATTERNS
-from nanocaption.training_log import (describe, log_evaluation, log_step, open_out_dir,
+from nanocaption.training_log import (log_evaluation, log_start, log_step, open_out_dir,
                                       report_skipped)
 from nanocaption.views import FrozenViews, check_views, fill_views, pick_views
 
@@ -267,8 +267,8 @@ class ValSplit:
         self.split = data.split("val")
         self.tokenizer = data.tokenizer
         self.captions = self.split.captions[:options.eval_images]
-        words = [[tokenize(text) for text in texts] for texts in self.captions]
-        self.references = cider_references(words)
+        self.words = [[tokenize(text) for text in texts] for texts in self.captions]
+        self.references = cider_references(self.words)
         self.views = None
         if options.freeze_encoder:
             may_flip = np.zeros(len(self.split), bool)
@@ -450,7 +450,7 @@ def main():
     stop = StopSignal(options.out_dir, quiet=rank > 0)
     if rank == 0:
         lock = open_out_dir(options, state, lock, resume)
-        print(describe(options, state, model, train, device, world, reason), flush=True)
+        log_start(options, state, model, train, val, device, world, reason)
         if checkpoint and not resume:
             # if the run is killed before its first save, it resumes from these weights
             save_last(about, model, teacher, optimizer, state)

@@ -1,24 +1,33 @@
 """
-Measures the speed of training, captioning and preparing, against what the machine can do and, with
---peer, against Hugging Face's VisionEncoderDecoderModel of the same sizes.
+Measures the speed of training, captioning and preparing, against what the machine can do and
+against Hugging Face's VisionEncoderDecoderModel of the same sizes, if transformers is installed.
+Prints tables for speed.md.
 
-    python dev/bench.py --peer              # everything except load, on generated data
+    python dev/bench.py                           # everything but load, on generated data
+    python dev/bench.py train decode --rounds=1   # some of it, in a few minutes
     python dev/bench.py train --config config/base.py --device cuda
-    python dev/bench.py load                # memory while a large decoder is read; 2 GB of disk
+    python dev/bench.py load                      # 2 GB of disk
+
+    train     steps in both precisions, ours and the peer's, and train.py by the clock
+    decode    captions for 1 and 64 images, ours and the peer's
+    start     sample.py, from start to caption
+    prepare   prepare_flickr.py, and learning the tokenizer
+    load      memory while a large decoder is read
 
 Whatever is compared takes turns, several times over, on the same threads, so a machine that slows
-down slows down everything. Results are medians.
+down slows down everything; only train.py runs by itself. Results are medians.
 
 Useful FLOPs are those of the matrix products and convolutions that a step needs, 2 per
 multiply-add: no padding, and in attention only pairs of tokens that see each other. A backward pass
-counts as two forward passes. fraction_of_matmul is their rate divided by that of a large matrix
-product in the same dtype, measured in the same rounds.
+counts as two forward passes. "of matmul" is their rate divided by that of a large matrix product in
+the same dtype, measured in the same rounds.
 """
 import ctypes
 import gc
-import json
+import importlib.util
 import math
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -26,8 +35,9 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train
-from checkpoint import about_run, pick_device, save_best
+from checkpoint import pick_device
 from model import Captioner
 from nanocaption.cli import Parser, UserError, check_ranges, run
 from nanocaption.dataset import Dataset, write_dataset
@@ -52,7 +62,7 @@ VOCAB_SIZE = 8192
 GPT2_VOCAB_SIZE = 50257
 PAIR_TOKENS = 24  # with EOT, of each caption in the batch of pairs
 N_PRODUCTS = 8  # matrix products that are timed at once
-METHODS = {"greedy": 1, "beam 3": 3, "8 samples": 8}  # of captioning
+METHODS = {"encoder only": 0, "greedy": 1, "beam 3": 3}  # of captioning, with the beam
 CAPTION_TOKENS = 12  # without EOT, of each caption that is generated
 # of 1,000 captions of Flickr8k, the number with 0, 1, 2, ... words, periods included
 LENGTHS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31, 23, 17, 12, 8, 4,
@@ -60,11 +70,12 @@ LENGTHS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31,
 # like the peer: plain transformers, AdamW, no augmentation
 BARE = dict(local_conv=False, optimizer="adamw", crop=1.0, flip=False, jitter=0.0, unigram=0.0,
             alpha=0.0)
-VARIANTS = {"config": {}, "bare": BARE, "bare with teacher": {**BARE, "alpha": 0.4}}
-PEERS = {
-    f"peer, {VOCAB_SIZE:,} tokens": VOCAB_SIZE,
-    f"peer, {GPT2_VOCAB_SIZE:,} tokens": GPT2_VOCAB_SIZE,  # GPT-2's vocabulary, as it is used
+VARIANTS = {"config": {}, "bare": BARE}
+PEERS = {  # with our vocabulary, and with GPT-2's, as it is used
+    f"peer of {VOCAB_SIZE:,} tokens": VOCAB_SIZE,
+    f"peer of {GPT2_VOCAB_SIZE:,} tokens": GPT2_VOCAB_SIZE,
 }
+RUN_STEPS = 20  # between two lines of train.py's log
 
 
 # -----------------------------------------------------------------------------
@@ -89,21 +100,6 @@ def median_seconds(functions, device, rounds):
             synchronize(device)
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
-
-
-class Laps:
-    """seconds[part]: the time between the last lap and lap(part)."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds = {}
-        self.start = time.perf_counter()
-
-    def lap(self, part):
-        synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part] = now - self.start
-        self.start = now
 
 
 def anonymous_memory(pid):
@@ -201,7 +197,10 @@ def write_batches(folder, options):
         names = [f"{i}.jpg" for i in range(len(captions))]
         images = [np.asarray(draw_photo(rng, size, size)) for _ in captions]
         path = folder / f"batch{number}"
-        write_dataset(path, {"train": (names, captions, images)}, size,
+        train_split = (names, captions, images)
+        # train.py needs something to evaluate, which is never done here
+        val_split = (names[:2], captions[:2], images[:2])
+        write_dataset(path, {"train": train_split, "val": val_split}, size,
                       tokenizer=str(folder / "words"))
         data[name] = Dataset(path)
     return data
@@ -276,77 +275,64 @@ class Ours:
         """Images and packed captions, see train.TrainSplit."""
         return self.split.get_batch(self.index, np.zeros_like(self.index), self.model)
 
-    def step(self, lap=None):
-        """One optimizer step; calls lap with the name of each part when it is done."""
-        lap = lap or no_lap
+    def step(self):
+        """One optimizer step."""
+        for _ in self.step_parts():
+            pass
+
+    def step_parts(self):
+        """One optimizer step; yields the name of each part when it is done."""
         options = self.options
         images, captions = self.get_batch()
-        lap("data")
+        yield "data"
         with self.autocast:
             loss, _ = self.model(images, captions, self.teacher, options.alpha, options.smoothing)
-        lap("forward")
+        yield "forward"
         (loss / self.n_tokens).backward()
-        lap("backward")
+        yield "backward"
         max_norm = options.grad_clip or math.inf
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        lap("optimizer")
+        yield "optimizer"
         train.update_teacher(self.teacher, self.model, 0.999)
-        lap("teacher's update")
+        yield "teacher's update"
 
-    def forward_parts(self, lap):
-        """A forward pass once more, part by part."""
+    def forward_parts(self):
+        """A forward pass once more, like step_parts."""
         model = self.model
         images, captions = self.get_batch()
         is_token = captions["targets"] >= 0
         targets = captions["targets"][is_token]
-        lap("data")
+        yield "data, again"
         with self.autocast:
             image = model.encode(images)
-            lap("forward: encoder")
+            yield "forward: encoder"
             hidden = model.decode(image, captions)[is_token]
-            lap("forward: decoder")
+            yield "forward: decoder"
             head_loss(hidden, model.wte.weight, targets, smoothing=self.options.smoothing)
-            lap("forward: head and loss, with their gradients")
+            yield "forward: head and loss, with their gradients"
             if self.options.unigram:
                 row = is_token.nonzero()[:, 0]
                 model.unigram_loss(image, row, targets)
-                lap("forward: unigram loss")
+                yield "forward: unigram loss"
             if self.options.alpha:
                 with torch.no_grad():
                     self.teacher.decode(self.teacher.encode(images), captions)
-                lap("forward: teacher, without its head")
-
-
-def no_lap(part):
-    """Times nothing."""
+                yield "forward: teacher, without its head"
 
 
 def part_milliseconds(ours, device, rounds):
     """{part: median milliseconds} of a training step and, again, of its forward pass."""
-    results = []
+    times = {}
     for _ in range(rounds + 1):
-        laps = Laps(device)
-        ours.step(laps.lap)
-        ours.forward_parts(laps.lap)
-        results.append(laps.seconds)
-    medians = {}
-    for part in results[0]:
-        medians[part] = 1000 * statistics.median(seconds[part] for seconds in results[1:])
-    return medians
-
-
-def step_memory(ours, device):
-    """MB at the peak of a training step: of the GPU, or of the whole process."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    with PeakMemory(os.getpid()) as peak:
-        ours.step()
-        ours.step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return peak.mb
+        start = time.perf_counter()
+        for part in chain(ours.step_parts(), ours.forward_parts()):
+            synchronize(device)
+            now = time.perf_counter()
+            times.setdefault(part, []).append(1000 * (now - start))
+            start = now
+    return {part: statistics.median(milliseconds[1:]) for part, milliseconds in times.items()}
 
 
 class Peer:
@@ -370,20 +356,19 @@ class Peer:
 
     @torch.no_grad()
     def caption_batch(self, pixels, beam):
-        """Captions of CAPTION_TOKENS."""
+        """Captions of CAPTION_TOKENS; with beam 0, only what the encoder makes of the images."""
         with self.autocast:
+            if beam == 0:
+                self.model.encoder(pixels)
+                return
             self.model.generate(pixels, num_beams=beam, do_sample=False,
                                 min_new_tokens=CAPTION_TOKENS, max_new_tokens=CAPTION_TOKENS)
 
 
 def make_peer_model(options, vocab_size):
     """A VisionEncoderDecoderModel: ViT, and GPT-2 with cross-attention in every layer."""
-    try:
-        from transformers import (GPT2Config, ViTConfig, VisionEncoderDecoderConfig,
-                                  VisionEncoderDecoderModel)
-    except ImportError as error:
-        raise UserError(f"--peer needs transformers ({error}); install it with pip install "
-                        "transformers") from None
+    from transformers import (GPT2Config, ViTConfig, VisionEncoderDecoderConfig,
+                              VisionEncoderDecoderModel)
     encoder = ViTConfig(
         image_size=options.image_size, patch_size=options.patch_size,
         hidden_size=options.encoder_width, intermediate_size=4 * options.encoder_width,
@@ -409,28 +394,34 @@ def peer_labels(captions):
 
 
 def bench_train(options, batches, device, with_peer, rounds):
-    """Speed of training on each batch; memory and time by part for the first one."""
-    results = {}
+    """
+    {table: {row: {column: number}}}: on each batch, our variants and the peers in both dtypes;
+    train.py by the clock; where the time of a step goes.
+    """
+    tables = {}
     for name, data in batches.items():
-        results[name] = bench_batch(options, data, device, with_peer, rounds)
+        tables[f"Training steps, {name}"] = bench_batch(options, data, device, with_peer, rounds)
     data = next(iter(batches.values()))
+    runs = {}
+    parts = {}
     for dtype in DTYPES:
-        ours = Ours(replace(options, dtype=dtype), data, device)
-        results[f"a step of config, {dtype}"] = dict(
-            memory_mb=step_memory(ours, device),
-            milliseconds=part_milliseconds(ours, device, rounds),
-        )
-    return results
+        changed = replace(options, dtype=dtype)
+        runs[f"train.py, {dtype}"] = time_training(changed, data, device, rounds)
+        times = part_milliseconds(Ours(changed, data, device), device, rounds)
+        for part, milliseconds in times.items():
+            parts.setdefault(part, {})[dtype] = milliseconds
+    tables["train.py by the clock, alpha 0"] = runs
+    compare(tables.values(), "captions/s")
+    tables["Milliseconds of a training step, and again of its forward pass"] = parts
+    return tables
 
 
 def bench_batch(options, data, device, with_peer, rounds):
-    """Speed of training on one batch: our variants and the peers, in both dtypes."""
+    """{row: {column: number}} for one batch: our variants and the peers, in both dtypes."""
     side = 8192 if device.type == "cuda" else 1536
     functions = {}
     flops = {}
     for dtype in DTYPES:
-        matrix = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
-        functions["matmul", dtype] = partial(multiply, matrix)
         for variant, changes in VARIANTS.items():
             changed = replace(options, dtype=dtype, **changes)
             ours = Ours(changed, data, device)
@@ -443,21 +434,52 @@ def bench_batch(options, data, device, with_peer, rounds):
             for name, vocab_size in PEERS.items():
                 peer = Peer(options, vocab_size, device, dtype)
                 functions[name, dtype] = partial(peer.step, pixels, labels)
+        matrix = torch.randn(side, side, device=device, dtype=DTYPES[dtype])
+        functions["matmul", dtype] = partial(multiply, matrix)
     seconds = median_seconds(functions, device, rounds)
 
     count = data.splits["train"]
-    results = {}
+    rows = {}
     for (name, dtype), s in seconds.items():
         rate = N_PRODUCTS * 2 * side**3 / seconds["matmul", dtype]
         if name == "matmul":
-            row = dict(gflop_per_s=rate / 1e9)
+            row = {"GFLOP/s": rate / 1e9}
         else:
-            row = dict(images_per_s=count["images"] / s, captions_per_s=count["captions"] / s)
+            row = {"images/s": count["images"] / s, "captions/s": count["captions"] / s}
         if name in VARIANTS:
-            row["fraction_of_matmul"] = flops[name, dtype] / s / rate
-            row.update(compare(s, seconds))
-        results[f"{name}, {dtype}"] = row
-    return results
+            row["GFLOP/s"] = flops[name, dtype] / s / 1e9
+            row["of matmul"] = flops[name, dtype] / s / rate
+        rows[f"{name}, {dtype}"] = row
+    return rows
+
+
+def time_training(options, data, device, rounds):
+    """
+    A real run of train.py with alpha 0 and its data loading, by the clock, from the first line of
+    its log to the one that comes rounds lines later. Returns {column: number}.
+    """
+    changed = replace(
+        options, data_dir=str(data.data_dir), out_dir=f"{data.data_dir}/{options.dtype}", alpha=0.0,
+        device=device.type, max_iters=0, max_minutes=1e6, log_interval=RUN_STEPS,
+        eval_interval=10**9)
+    config = Path(f"{changed.out_dir}.py")
+    config.write_text("".join(f"{key} = {value!r}\n" for key, value in asdict(changed).items()))
+    times = []
+    command = [sys.executable, ROOT / "train.py", config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with PeakMemory(process.pid) as peak:
+            for line in process.stdout:
+                if line.startswith("step "):
+                    times.append(time.perf_counter())
+                if len(times) > rounds:
+                    break
+        process.kill()
+    if len(times) <= rounds:
+        raise RuntimeError("train.py failed")
+    step = (times[-1] - times[0]) / rounds / RUN_STEPS
+    count = data.splits["train"]
+    return {"images/s": count["images"] / step, "captions/s": count["captions"] / step,
+            "memory, MB": peak.mb}
 
 
 def multiply(matrix):
@@ -471,24 +493,28 @@ def random_pixels(n, size, device):
     return torch.randn(n, 3, size, size, device=device)
 
 
-def compare(s, seconds):
+def compare(tables, unit):
     """
-    s: our seconds; seconds: {(name, dtype): seconds}. Returns how many times as fast as each peer
-    we are. The faster of the peer's dtypes counts.
+    Adds to each of our rows that has the unit how many times as fast as each peer it is. A peer may
+    be in several tables; the fastest of its ways counts. tables: each {row: {column: number}}.
     """
-    results = {}
-    for peer in PEERS:
-        theirs = [other for (name, _), other in seconds.items() if name == peer]
-        if theirs:
-            results[f"times as fast as {peer}"] = min(theirs) / s
-    return results
+    best = {}
+    for rows in tables:
+        for name, row in rows.items():
+            if name.startswith("peer"):
+                best[name] = max(row[unit], best.get(name, 0.0))
+    for rows in tables:
+        for name, row in rows.items():
+            if unit in row and not name.startswith("peer"):
+                for peer, rate in best.items():
+                    row[f"vs. {peer}"] = row[unit] / rate
 
 
 # -----------------------------------------------------------------------------
 # captioning
 
 def bench_decode(options, device, with_peer, rounds):
-    """Images per second, for captions of CAPTION_TOKENS."""
+    """{table: {row: {column: number}}}: images per second, for captions of CAPTION_TOKENS."""
     models = {}
     peers = {}
     for name, dtype in DTYPES.items():
@@ -498,25 +524,24 @@ def bench_decode(options, device, with_peer, rounds):
             for peer, vocab_size in PEERS.items():
                 peers[peer, name] = Peer(options, vocab_size, device, name)
                 peers[peer, name].model.eval()
-    results = {}
+    tables = {}
     for n in (1, 64):
         images = random_images(n, options.image_size, device)
         pixels = random_pixels(n, options.image_size, device)
-        for method, k in METHODS.items():
+        table = {}
+        for method, beam in METHODS.items():
             functions = {}
             for dtype, model in models.items():
-                functions["ours", dtype] = partial(caption_batch, model, images, method, dtype)
-            if method != "8 samples":
-                for key, peer in peers.items():
-                    functions[key] = partial(peer.caption_batch, pixels, k)
+                functions["ours", dtype] = partial(caption_batch, model, images, beam, dtype)
+            for key, peer in peers.items():
+                functions[key] = partial(peer.caption_batch, pixels, beam)
             seconds = median_seconds(functions, device, rounds)
-            rows = {}
-            for (name, dtype), s in seconds.items():
-                rows[f"{name}, {dtype}"] = dict(images_per_s=n / s)
-                if name == "ours":
-                    rows[f"{name}, {dtype}"].update(compare(s, seconds))
-            results[f"{method}, {n} at a time"] = rows
-    return results
+            rows = {f"{name}, {dtype}": {"milliseconds": 1000 * s, "images/s": n / s}
+                    for (name, dtype), s in seconds.items()}
+            compare([rows], "images/s")
+            table.update({f"{method}, {name}": row for name, row in rows.items()})
+        tables[f"Captioning, {n} at a time"] = table
+    return tables
 
 
 def random_images(n, size, device):
@@ -524,34 +549,27 @@ def random_images(n, size, device):
     return torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, device=device)
 
 
-def caption_batch(model, images, method, dtype):
-    """Captions of CAPTION_TOKENS by a method of METHODS."""
-    limits = dict(min_tokens=CAPTION_TOKENS, max_tokens=CAPTION_TOKENS)
+@torch.no_grad()
+def caption_batch(model, images, beam, dtype):
+    """Captions of CAPTION_TOKENS; with beam 0, only what the encoder makes of the images."""
     with autocast(images.device, DTYPES[dtype]):
-        if method == "8 samples":
-            model.sample(images, METHODS[method], **limits)
-        else:
-            model.beam_search(images, METHODS[method], **limits)
+        if beam == 0:
+            model.encode(images)
+            return
+        model.beam_search(images, beam, min_tokens=CAPTION_TOKENS, max_tokens=CAPTION_TOKENS)
 
 
-def bench_start(options, data, device, folder, rounds):
-    """
-    Seconds of sample.py for one photo, from start to caption, against those of importing torch and
-    of the beam search alone.
-    """
+def bench_start(device, folder, rounds):
+    """Seconds of sample.py for a photo, from start to caption, against those of importing torch."""
     draw_photo(np.random.default_rng(0), 500, 375).save(folder / "photo.jpg")
-    model = Captioner(options, data.vocab_size, data.mean, data.std).to(device).eval()
-    save_best(about_run(replace(options, out_dir=str(folder)), data), model, model)
-    image = random_images(1, options.image_size, device)
-    sample = [ROOT / "sample.py", "--image", folder / "photo.jpg", "--out_dir", folder,
-              "--device", device, "--dtype", "float32", "--max_tokens", CAPTION_TOKENS]
+    sample = (ROOT / "sample.py", "--image", folder / "photo.jpg", "--device", device)
     seconds = median_seconds({
         "sample.py": partial(run_python, *sample),
         "import torch": partial(run_python, "-c", "import torch"),
-        "beam search": partial(caption_batch, model, image, "beam 3", "float32"),
     }, device, rounds)
-    ratio = seconds["sample.py"] / (seconds["import torch"] + seconds["beam search"])
-    return dict(seconds=seconds, ratio=ratio)
+    rows = {name: {"seconds": s} for name, s in seconds.items()}
+    rows["sample.py"]["vs. import torch"] = seconds["sample.py"] / seconds["import torch"]
+    return {"From start to caption, bundled checkpoint": rows}
 
 
 def run_python(*arguments):
@@ -580,15 +598,16 @@ def bench_prepare(folder, rounds, n_small=1000, n_large=10000, n_captions=150000
     run_prepare(folder, n_large, memory)
     rate = n_large / (time.perf_counter() - start)
     naive = n_small / seconds["naive"]
-    return {
-        f"images_per_s, {n_small:,} with start-up and captions": n_small / seconds["prepare"],
-        f"images_per_s, {n_large:,} likewise": rate,
-        "images_per_s, naively, in one process": naive,
-        "times as fast as naively, per core": rate / naive / os.cpu_count(),
-        f"memory_mb, {n_small:,} images": memory[n_small],
-        f"memory_mb, {n_large:,} images": memory[n_large],
+    rows = {
+        f"images/s, {n_small:,} with start-up and captions": n_small / seconds["prepare"],
+        f"images/s, {n_large:,} likewise": rate,
+        "images/s, naively, in one process": naive,
+        f"{n_large:,} images, times as fast as naively, per core": rate / naive / os.cpu_count(),
+        f"memory, MB, {n_small:,} images": memory[n_small],
+        f"memory, MB, {n_large:,} images": memory[n_large],
         **bench_tokenizer(n_captions),
     }
+    return {"Preparing": {name: {"value": number} for name, number in rows.items()}}
 
 
 def draw_photos(folder, n):
@@ -655,10 +674,10 @@ def bench_load(folder, n_layer=18, n_embd=2048, vocab_size=GPT2_VOCAB_SIZE):
     weights under LoRA that student and teacher share. By default it has a billion parameters.
     Linux only.
     """
-    write_safetensors(folder / "model.safetensors", gpt2_shapes(n_layer, n_embd, vocab_size))
-    config = dict(model_type="gpt2", n_layer=n_layer, n_head=8, n_embd=n_embd,
-                  vocab_size=vocab_size)
-    (folder / "config.json").write_text(json.dumps(config))
+    from transformers import GPT2Config, GPT2LMHeadModel
+    config = GPT2Config(n_positions=32, n_layer=n_layer, n_head=8, n_embd=n_embd,
+                        vocab_size=vocab_size)
+    GPT2LMHeadModel(config).half().save_pretrained(folder)
     sizes, _, _ = part_options("", str(folder))
     options = train.Options(
         **sizes, decoder=str(folder), lora_rank=2, max_iters=1, block_size=32, bridge="prefix",
@@ -686,77 +705,33 @@ def bench_load(folder, n_layer=18, n_embd=2048, vocab_size=GPT2_VOCAB_SIZE):
     )
 
 
-def gpt2_shapes(n_layer, n_embd, vocab_size):
-    """{name: shape} of GPT-2's tensors, with 32 positions."""
-    shapes = {
-        "wte.weight": (vocab_size, n_embd),
-        "wpe.weight": (32, n_embd),
-        "ln_f.weight": (n_embd,),
-        "ln_f.bias": (n_embd,),
-    }
-    # inputs and outputs, in units of n_embd
-    linear = {
-        "attn.c_attn": (1, 3),
-        "attn.c_proj": (1, 1),
-        "mlp.c_fc": (1, 4),
-        "mlp.c_proj": (4, 1),
-    }
-    for i in range(n_layer):
-        for name, (inputs, outputs) in linear.items():
-            shapes[f"h.{i}.{name}.weight"] = (inputs * n_embd, outputs * n_embd)
-            shapes[f"h.{i}.{name}.bias"] = (outputs * n_embd,)
-        for name in ("ln_1", "ln_2"):
-            shapes[f"h.{i}.{name}.weight"] = (n_embd,)
-            shapes[f"h.{i}.{name}.bias"] = (n_embd,)
-    return shapes
-
-
-def write_safetensors(path, shapes):
-    """Writes random float16 tensors of these {name: shape}."""
-    header = {}
-    end = 0
-    for name, shape in shapes.items():
-        start = end
-        end += 2 * math.prod(shape)
-        header[name] = dict(dtype="F16", shape=shape, data_offsets=[start, end])
-    header = json.dumps(header).encode()
-    rng = np.random.default_rng(0)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for shape in shapes.values():
-            values = rng.standard_normal(math.prod(shape), np.float32)
-            file.write(values.astype(np.float16).tobytes())
-
-
 # -----------------------------------------------------------------------------
 # the command
 
-def print_results(results, indent=0):
-    """Prints a nested dict, one number per line."""
-    for key, value in results.items():
-        key = " " * indent + key
-        if isinstance(value, dict):
-            print(key)
-            print_results(value, indent + 2)
-        elif isinstance(value, float):
-            print(f"{key:56} {value:10,.2f}")
-        else:
-            print(f"{key:56} {value}")
+def print_tables(tables):
+    """Prints {title: {row: {column: number}}} as Markdown."""
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        lines = [["", *columns], ["---"] * (len(columns) + 1)]
+        for name, row in rows.items():
+            cells = ["" if column not in row else f"{row[column]:,.2f}" for column in columns]
+            lines.append([name, *cells])
+        print(f"\n### {title}\n")
+        for cells in lines:
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main():
     """See the top of this file."""
+    sections = ("train", "decode", "start", "prepare", "load")
     parser = Parser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", help="what to measure (default: all)",
-                        choices=("all", "train", "decode", "start", "prepare", "load"))
+    parser.add_argument("what", nargs="*", choices=sections,
+                        help="what to measure (default: everything but load)")
     parser.add_argument("--config", default=str(ROOT / "config/nano.py"),
                         help="sizes and recipe (default: config/nano.py)")
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda or mps (default: the best available)")
-    parser.add_argument("--peer", action="store_true",
-                        help="also measure Hugging Face's model; needs transformers")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     check_ranges(args, rounds=(1, 1000))
     device = pick_device(args.device)
@@ -764,29 +739,29 @@ def main():
     if options.encoder or options.decoder:
         raise UserError(f"{args.config} has pretrained parts; choose a config without them")
     torch.set_float32_matmul_precision("high")
+    with_peer = importlib.util.find_spec("transformers") is not None
 
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    results = dict(device=name, torch=torch.__version__, threads=torch.get_num_threads(),
-                   cores=os.cpu_count())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    print(f"{name or device.type} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} "
+          f"cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{args.config}, medians of {args.rounds}")
+    if not with_peer:
+        print("without the peer: pip install transformers")
+    what = args.what or sections[:-1]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if args.what in ("all", "train", "start"):
+        if "train" in what:
             batches = write_batches(folder, options)
-        if args.what in ("all", "train"):
-            results["train"] = bench_train(options, batches, device, args.peer, args.rounds)
-        if args.what in ("all", "decode"):
-            results["decode"] = bench_decode(options, device, args.peer, args.rounds)
-        if args.what in ("all", "start"):
-            data = next(iter(batches.values()))
-            results["start"] = bench_start(options, data, device, folder, args.rounds)
-        if args.what in ("all", "prepare"):
-            results["prepare"] = bench_prepare(folder, args.rounds)
-        if args.what == "load":
-            results["load"] = bench_load(folder)
-    if args.json:
-        print(json.dumps(results))
-    else:
-        print_results(results)
+            print_tables(bench_train(options, batches, device, with_peer, args.rounds))
+        if "decode" in what:
+            print_tables(bench_decode(options, device, with_peer, args.rounds))
+        if "start" in what:
+            print_tables(bench_start(device, folder, args.rounds))
+        if "prepare" in what:
+            print_tables(bench_prepare(folder, args.rounds))
+        if "load" in what:
+            rows = {name: {"value": number} for name, number in bench_load(folder).items()}
+            print_tables({"Reading a large decoder": rows})
 
 
 if __name__ == "__main__":

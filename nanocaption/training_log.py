@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from nanocaption.cli import atomic_write, lock_folder
+from nanocaption.metrics import cider_baselines
 
 MAX_SKIPPED = 10  # steps in a row without a finite gradient
 
@@ -17,6 +18,8 @@ def open_out_dir(options, state, lock, resume):
     if options.force and not resume:
         (out_dir / "last.pt").unlink(missing_ok=True)
         (out_dir / "best.pt").unlink(missing_ok=True)
+    if state.step == 0:
+        (out_dir / "log.jsonl").unlink(missing_ok=True)
     cut_log(out_dir / "log.jsonl", state.step)
     (out_dir / "log.jsonl").touch()
     return lock
@@ -37,6 +40,18 @@ def describe(options, state, model, train, device, world, reason):
         text += (f"\nalready at step {state.step} and {state.seconds / 60:.1f} minutes; raise "
                  "max_iters or max_minutes to continue")
     return text
+
+
+def log_start(options, state, model, train, val, device, world, reason):
+    """The first lines of a run; a new one also logs the CIDEr to compare its captions' with."""
+    print(describe(options, state, model, train, device, world, reason), flush=True)
+    if state.step > 0:
+        return
+    baselines = cider_baselines(val.words, val.references)
+    text = f"CIDEr of one caption for all images: {baselines['constant']:.3f}"
+    if baselines["human"] is not None:
+        text += f", of humans: {baselines['human']:.3f}"
+    log(options.out_dir, 0, text, baselines=baselines)
 
 
 def log(out_dir, step, text, **record):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,7 +101,28 @@ def test_scores_of_a_known_captioner(command, folder, monkeypatch):
         "caption": "a blue dog runs .",
         "references": ["a blue dog runs .", "Dog number 1, it's blue"],
     }
-    assert (folder / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    # four columns of 200 pixels, as wide as README's text
+    assert Image.open(folder / "sheet.png").size[0] == 850
+
+
+def test_sheet_has_rows_of_best_median_and_worst(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw_sheet", lambda *args, **kw: drawn.append((*args, kw)))
+    n = 21
+    source = SimpleNamespace(
+        references=[[f"reference {i}", "another"] for i in range(n)],
+        read_images=lambda index, size: [f"image {i}" for i in index],
+    )
+    # caption i has the i-th lowest score
+    evaluate.draw_extremes("x.png", source, [f"caption {i}" for i in range(n)],
+                           [i / 10 for i in range(n)], 32)
+    [(path, images, texts, options)] = drawn
+    shown = [20, 19, 18, 17, 12, 11, 10, 9, 0, 1, 2, 3]
+    assert images == [f"image {i}" for i in shown]
+    assert texts[0] == "best 1, CIDEr 2.00\ncaption 20\nreference: reference 20"
+    assert texts[8] == "worst 1, CIDEr 0.00\ncaption 0\nreference: reference 0"
+    assert [text.split("\n")[1] for text in texts] == [f"caption {i}" for i in shown]
+    assert options == {"columns": 4}
 
 
 def test_a_coco_file_is_scored_like_pycocoevalcap(command, folder, tmp_path, monkeypatch):

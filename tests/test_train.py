@@ -13,6 +13,8 @@ import train
 from helpers import (CONFIG, HERE, one_line_error, read_log, run, start, tiny_dataset, torchrun,
                      write_config)
 from nanocaption.cli import run as run_main
+from nanocaption.dataset import Dataset
+from nanocaption.metrics import baselines, cider, cider_references, tokenize
 
 STATE = ("model", "teacher", "optimizer")
 PRELUDE = f"import os, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, train\n"
@@ -246,6 +248,41 @@ train.run(train.main)
     assert last(tmp_path / "tuned")["state"]["step"] == 0
     assert not (tmp_path / "tuned/best.pt").exists()
     assert_same(last(tmp_path / "tuned")["model"], given)
+
+
+def test_a_log_begins_with_the_cider_to_compare_with(data, tmp_path):
+    """Once, of the images of its evaluations; that of blind captions is what evaluate.py prints."""
+    references = []
+    for texts in Dataset(data).split("val").captions[:CONFIG["eval_images"]]:
+        references.append([tokenize(text) for text in texts])
+    prepared = cider_references(references)
+    expected = {name: scores["cider"] for name, scores in baselines(references, prepared).items()}
+    # each reference against the image's others, with the n-gram frequencies of all
+    frequencies, _ = prepared
+    human = []
+    for captions in references:
+        if len(captions) > 1:
+            scores = []
+            for i, words in enumerate(captions):
+                others = cider_references([captions[:i] + captions[i + 1:]], frequencies)
+                scores.append(cider([words], others)[0])
+            human.append(sum(scores) / len(scores))
+    expected["human"] = sum(human) / len(human)
+
+    def logged():
+        """The baselines of the run's only such line, its first."""
+        log = read_log(tmp_path / "out")
+        assert [record["iter"] for record in log if "baselines" in record] == [0]
+        return log[0].get("baselines")
+
+    done = start(data, tmp_path / "out", "--max_iters=2")
+    start(data, tmp_path / "out", "--max_iters=4", "--init_from=resume")
+    assert logged() == pytest.approx(expected)
+    start(data, tmp_path / "out", "--max_iters=2", "--force", "--eval_images=2")
+    assert logged() != pytest.approx(expected)
+    text = (f"CIDEr of one caption for all images: {expected['constant']:.3f}, of humans: "
+            f"{expected['human']:.3f}\n")
+    assert text in done.stdout.decode()
 
 
 def test_stops_by_minutes_and_reports(data, tmp_path):
