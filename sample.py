@@ -22,7 +22,7 @@ import numpy as np
 from checkpoint import load
 from nanocaption.cli import BUNDLED, Parser, UserError, check_ranges, one_line, run
 from nanocaption.dataset import Dataset
-from nanocaption.generate import caption, caption_images  # noqa: F401: sample.caption
+from nanocaption.generate import caption, caption_images, caption_record  # noqa: F401
 from nanocaption.images import has_image_extension, list_images, load_image
 from nanocaption.sheet import draw_sheet
 
@@ -140,7 +140,7 @@ def load_batch(batch, image_size):
 def print_captions(name, captions, references, as_json):
     """Prints the captions of one image."""
     if as_json:
-        print(json.dumps({"image": name, "captions": captions, "references": references}))
+        print(json.dumps(caption_record(name, captions, references)))
         return
     for found in captions:
         print(one_line(f"{name}: {found['text']}"))
