@@ -93,14 +93,13 @@ def caption_batch(captioner, images, settings):
 
 
 def add_others(captions, others, n):
-    """captions and the first n of others with other texts."""
-    texts = {found["text"] for found in captions}
-    result = list(captions)
+    """captions and the first n of others that are different, the most probable first."""
+    different = {}
     for other in others:
-        if other["text"] not in texts and len(result) < len(captions) + n:
-            texts.add(other["text"])
-            result.append(other)
-    return result
+        if other["text"] != captions[0]["text"]:
+            different.setdefault(other["text"], other)
+    best = list(different.values())[:n]
+    return captions + sorted(best, key=lambda found: -found["logprob"])
 
 
 def caption_waiting(captioner, jobs):
@@ -333,7 +332,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.jobs.put(job)
             return job.captions.result()
         except UserError as error:
-            raise Refusal(400, str(error)) from None
+            raise Refusal(400, str(error).removeprefix("image: ")) from None
         finally:
             self.slots.release()
 
