@@ -4,12 +4,14 @@ Caption images.
     python sample.py --image photo.jpg more_photos/            # with the bundled checkpoint
     python sample.py --image data/flickr8k --split val --limit 10 --sheet sheet.png
     python sample.py --image photo.jpg --out_dir out/nano
+    python sample.py --image photo.jpg --attention where.png   # where each word looked
 
 From Python:
 
     from sample import load, caption
     captioner = load()
     print(caption(captioner, "photo.jpg"))
+    text, words = caption(captioner, "photo.jpg", attention=True)  # words: [(word, (g, g)), ...]
 """
 import itertools
 import json
@@ -20,11 +22,12 @@ import sys
 import numpy as np
 
 from checkpoint import load
+from nanocaption.attention_maps import check_attention
 from nanocaption.cli import BUNDLED, Parser, UserError, check_ranges, one_line, run
 from nanocaption.dataset import Dataset
 from nanocaption.generate import caption, caption_images, caption_record  # noqa: F401
 from nanocaption.images import has_image_extension, list_images, load_image
-from nanocaption.sheet import draw_sheet
+from nanocaption.sheet import draw_sheet, draw_strips
 
 
 def parse_args():
@@ -58,9 +61,14 @@ def parse_args():
     add("--json", action="store_true",
         help="print a line of JSON per image: image, captions (text, logprob), references")
     add("--sheet", metavar="PNG", help="write a contact sheet of the images and captions")
+    add("--attention", metavar="PNG",
+        help="write where each word looked: the image with the attention of each word over it "
+             "(beam search only)")
     args = parser.parse_args()
     if args.beam and args.num_samples > 1:
         parser.error("--beam and --num_samples cannot be combined")
+    if args.attention and args.num_samples > 1:
+        parser.error("--attention and --num_samples cannot be combined")
     check_ranges(args, beam=(1, 1e4), num_samples=(1, 1e5), top_k=(0, 1e9),
                  no_repeat_ngram=(0, 1e9), min_tokens=(0, 1e9), max_tokens=(1, 1e9),
                  batch_size=(1, 1e6), limit=(1, 1e12), length_penalty=(0, 100),
@@ -69,8 +77,10 @@ def parse_args():
         parser.error("--temperature, --top_k and --top_p need --num_samples of at least 2")
     if args.max_tokens and args.min_tokens > args.max_tokens:
         parser.error(f"--min_tokens {args.min_tokens} exceeds --max_tokens {args.max_tokens}")
-    if args.sheet and not has_image_extension(args.sheet):
-        parser.error(f"--sheet {args.sheet}: expected an image file name, such as sheet.png")
+    for name in ("sheet", "attention"):
+        path = getattr(args, name)
+        if path and not has_image_extension(path):
+            parser.error(f"--{name} {path}: expected an image file name, such as {name}.png")
     return args
 
 
@@ -152,13 +162,17 @@ def main():
     """See the top of this file."""
     args = parse_args()
     captioner = load(args.out_dir, args.device, args.dtype)
+    if args.attention:
+        check_attention(captioner.model)
     found = find_images(args.image, args.split, args.limit)
     names = ("temperature", "top_k", "top_p", "no_repeat_ngram", "min_tokens", "max_tokens",
              "length_penalty", "num_samples", "seed", "batch_size")
     options = {name: getattr(args, name) for name in names}
     options["beam"] = args.beam or 3
+    options["attention"] = bool(args.attention)
     n_captioned = 0
     sheet = []
+    strips = []
     # one batch at a time, to keep memory flat
     for batch in make_batches(found, args.batch_size):
         loaded = load_batch(batch, captioner.image_size)
@@ -169,6 +183,8 @@ def main():
         options["seed"] += len(loaded)  # new draws for each batch
         n_captioned += len(loaded)
         for (name, image, references), captions in zip(loaded, results):
+            if args.attention:
+                strips.append((image, captions[0]["text"], captions[0].pop("attention")))
             print_captions(name, captions, references, args.json)
             if args.sheet:
                 lines = [c["text"] for c in captions]
@@ -178,6 +194,9 @@ def main():
     if sheet:
         draw_sheet(args.sheet, [image for image, _ in sheet], [text for _, text in sheet])
         print(f"sheet: {args.sheet}", file=sys.stderr)
+    if strips:
+        draw_strips(args.attention, *zip(*strips))
+        print(f"attention: {args.attention}", file=sys.stderr)
     if n_captioned < len(found):
         failed = len(found) - n_captioned
         print(f"sample.py: {failed} of {len(found)} images could not be captioned", file=sys.stderr)

@@ -3,6 +3,10 @@ Where each word looked: how much a caption's words attend to each patch of the i
 
 A finished caption is read once more, all its tokens at once. Meanwhile, hooks on the decoder's
 attention compute the weights, so that neither generation nor training has to keep them.
+
+A word's map is the mean over layers and heads at the step that writes the word, as far as it is
+above the mean over all steps of the caption: that leaves out the patches that every word attends
+to. dev/attention.md compares this with other rules.
 """
 import math
 import re
@@ -35,12 +39,12 @@ def word_attention(model, tokenizer, image, captions):
     list of (word, its attention over the grid of patches, float32 (g, g) that sums to 1).
     """
     weights = torch.stack(decoder_attention(model, image, captions))  # (layers, B, H, T, N)
-    maps = over_grid(weights.mean((0, 2)))  # (B, T, g, g)
     results = []
-    for ids, token_maps in zip(captions, maps.cpu().numpy()):
+    for ids, steps in zip(captions, over_grid(weights.mean((0, 2))).cpu()):
+        maps = above_mean(steps[:len(ids) + 1]).numpy()
         words = []
         for word, tokens in join_tokens(tokenizer, ids):
-            words.append((word, token_maps[tokens].mean(0)))
+            words.append((word, maps[tokens].mean(0)))
         results.append(words)
     return results
 
@@ -57,14 +61,14 @@ def decoder_attention(model, image, captions):
     tokens = torch.tensor(tokens, device=image.device)
     position = torch.arange(T, device=image.device).expand_as(tokens)
     packed = dict(tokens=tokens, position=position, segment=torch.ones_like(tokens))
+    P = model.n_prefix
     if model.options.bridge == "prefix":
         with record([block.attention for block in model.blocks], self_weights) as weights:
             model.decode(image, packed)
-        P = model.n_prefix
         return [w[:, :, P:, :P] for w in weights]
     with record([block.cross for block in model.blocks], cross_weights) as weights:
         model.decode(image, packed)
-    return weights
+    return [w[:, :, P:] for w in weights]
 
 
 @contextmanager
@@ -115,6 +119,16 @@ def over_grid(weights):
     weights = weights[..., N - grid * grid:]
     weights = weights / weights.sum(-1, keepdim=True)
     return weights.unflatten(-1, (grid, grid))
+
+
+def above_mean(steps):
+    """
+    Maps (T, g, g) of all steps of one caption, with EOT's -> how far each is above their mean,
+    scaled to sum to 1.
+    """
+    # a step without any difference gets an even map
+    above = (steps - steps.mean(0)).clamp_min(1e-9)
+    return above / above.sum((1, 2), keepdim=True)
 
 
 def join_tokens(tokenizer, ids):
