@@ -26,7 +26,7 @@ from nanocaption.attention_maps import check_attention
 from nanocaption.cli import BUNDLED, Parser, UserError, check_ranges, one_line, run
 from nanocaption.dataset import Dataset
 from nanocaption.download import is_url
-from nanocaption.generate import caption, caption_images  # noqa: F401: sample.caption
+from nanocaption.generate import caption, caption_images, caption_record  # noqa: F401
 from nanocaption.images import is_image, list_images, load_image
 from nanocaption.sheet import draw_sheet, draw_strips, sheet_format
 
@@ -166,7 +166,7 @@ def load_batch(batch, image_size):
 def print_captions(name, captions, references, as_json):
     """Prints the captions of one image."""
     if as_json:
-        print(json.dumps({"image": name, "captions": captions, "references": references}))
+        print(json.dumps(caption_record(name, captions, references)))
         return
     for found in captions:
         print(one_line(f"{name}: {found['text']}"))

@@ -11,10 +11,11 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
                    temperature=1.0, top_k=0, top_p=1.0, length_penalty=None, attention=False,
                    **limits):
     """
-    Captions of uint8 images (N, S, S, 3) with any S: for each image a list of {"text": str,
-    "logprob": float, in nats}. One caption by beam search (beam=1 is greedy), or num_samples > 1
-    sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram; see nanocaption/search.py. By
-    default, beam and length_penalty are the checkpoint's.
+    Captions of uint8 images (N, S, S, 3) with any S, or of encode_images' tensor: for each image a
+    list of {"text": str, "logprob": float, in nats}. One caption by beam search (beam=1 is greedy),
+    or num_samples > 1 sampled ones. limits: min_tokens, max_tokens, no_repeat_ngram, and for beam
+    search n_best; see nanocaption/search.py. By default, beam and length_penalty are the
+    checkpoint's.
 
     With attention (beam search only) each has "attention" too: where each word looked, a list of
     (word, float32 (g, g) over the grid of patches, which sums to 1). See attention_maps.py.
@@ -29,10 +30,10 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
     device = model.mean.device
     results = []
     for start in range(0, len(images), batch_size):
-        batch = np.ascontiguousarray(images[start:start + batch_size])
-        batch = torch.from_numpy(batch).to(device)
+        image = images[start:start + batch_size]
+        if not torch.is_tensor(image):
+            image = encode_images(captioner, image)
         with torch.no_grad(), autocast(device, captioner.dtype):
-            image = model.encode(batch)
             if num_samples > 1:
                 found = model.sample(image, num_samples, temperature, top_k, top_p,
                                      seed=seed + start, **limits)
@@ -47,6 +48,32 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
                 described[0]["attention"] = words[i]
             results.append(described)
     return results
+
+
+def encode_images(captioner, images):
+    """uint8 images (N, S, S, 3) with any S -> what the decoder attends to, a tensor (N, n, C)."""
+    device = captioner.model.mean.device
+    images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    with torch.no_grad(), autocast(device, captioner.dtype):
+        return captioner.model.encode(images)
+
+
+def caption_record(name, captions, references=()):
+    """
+    What sample.py --json prints for an image and serve.py answers, a dict for json.dumps. captions:
+    of one image, from caption_images; the weights of their attention become nested lists (g, g).
+    """
+    described = []
+    for found in captions:
+        found = dict(found)
+        if "attention" in found:
+            words = []
+            for word, weights in found["attention"]:
+                weights = weights.astype(np.float64).round(5)
+                words.append({"word": word, "weights": weights.tolist()})
+            found["attention"] = words
+        described.append(found)
+    return {"image": name, "captions": described, "references": list(references)}
 
 
 def describe_caption(captioner, ids, logprob):

@@ -6,9 +6,10 @@ import torch
 
 @torch.no_grad()
 def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tokens=None,
-                no_repeat_ngram=0):
+                no_repeat_ngram=0, n_best=1):
     """
-    The best caption of each image: a list of [(token ids without EOT, log-probability)].
+    The n_best captions of each image, best first, at most `beam`: for each a list of (token ids
+    without EOT, log-probability).
 
     images: uint8 (B, S, S, 3), or encoded. beam=1 is greedy. Finished captions are ranked by
     log-probability / length ** length_penalty, with EOT counted in both. An image is done once
@@ -67,8 +68,7 @@ def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tok
 
     results = []
     for candidates in finished:
-        _, logprob, ids = candidates[0]
-        results.append([(ids, logprob)])
+        results.append([(ids, logprob) for _, logprob, ids in candidates[:n_best]])
     return results
 
 
