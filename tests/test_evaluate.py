@@ -14,7 +14,7 @@ from pycocoevalcap.cider.cider import Cider
 
 import evaluate
 from checkpoint import VERSION, load
-from helpers import HERE, one_line_error, random_images, run
+from helpers import HERE, one_line_error, random_images, run, start
 from model import Captioner, ModelOptions, pack
 from nanocaption.dataset import Dataset, write_dataset
 from nanocaption.metrics import tokenize
@@ -156,6 +156,42 @@ def test_a_coco_file_is_scored_like_pycocoevalcap(command, folder, tmp_path, mon
     expected, _ = Cider().compute_score(theirs, ours)
     assert 1 < expected < 10
     assert result["cider"] == pytest.approx(expected, rel=1e-6)
+
+
+def flickr_data(folder, train, val):
+    """A prepared folder whose images have these names."""
+    splits = {}
+    for split, names in (("train", train), ("val", val)):
+        captions = [[f"a {COLORS[i % 6]} dog runs", "a dog"] for i in range(len(names))]
+        splits[split] = names, captions, random_images(len(names), 20).numpy()
+    # single bytes, so that both folders have the same tokenizer
+    write_dataset(folder, splits, image_size=20, vocab_size=257)
+
+
+def test_training_images_among_the_scored_ones_are_counted(tmp_path):
+    """By their Flickr ids, which Flickr8k and Flickr30k share; fine-tuning keeps the parent's."""
+    first = ["1000268201_693b08cb0e.jpg", "36979.jpg", "23445819_3a458716c1.jpg", "7.jpg"]
+    second = ["photos/987654321_a.jpg", "left.jpg", "000000391895.jpg"]
+    scored = ["1000268201.jpg", "987654321.jpg", "36979_x.png", "369790.jpg", "7.jpg",
+              "000000391895.jpg", "x1000268201.jpg"]
+    flickr_data(tmp_path / "8k", first, ["1.jpg", "2.jpg"])
+    flickr_data(tmp_path / "other", second, scored)
+    options = dict(eval_images=2, batch_size=2, max_iters=1, eval_interval=1)
+    start(tmp_path / "8k", tmp_path / "parent", options=options)
+    start(tmp_path / "other", tmp_path / "tuned", f"--init_from={tmp_path / 'parent'}",
+          options=options)
+    for out, n_known, n_seen in (("parent", 3, 2), ("tuned", 4, 3)):
+        checkpoint = torch.load(tmp_path / out / "best.pt", weights_only=True)
+        ids = checkpoint.get("flickr_ids", torch.zeros(0))
+        assert (len(ids), ids.dtype) == (n_known, torch.int64)
+        done = run("evaluate.py", "--out_dir", tmp_path / out, "--data_dir", tmp_path / "other")
+        warning = f"{n_seen} of these 7 images have the Flickr ids of training images"
+        assert warning in done.stderr.decode()
+    # older checkpoints have none
+    del checkpoint["flickr_ids"]
+    torch.save(checkpoint, tmp_path / "old.pt")
+    done = run("evaluate.py", "--out_dir", tmp_path / "old.pt", "--data_dir", tmp_path / "other")
+    assert "Flickr" not in done.stderr.decode()
 
 
 def test_loss_is_that_of_each_caption_alone(command, folder):
