@@ -14,7 +14,7 @@ import time
 from collections import Counter, defaultdict
 
 from nanocaption import download
-from nanocaption.captions import match_names, read_captions
+from nanocaption.captions import match_names, read_captions, read_text
 from nanocaption.cli import Parser, UserError, atomic_write, check_ranges, lock_folder, run
 from nanocaption.dataset import SPLITS, Dataset, clear_dataset, dataset_files, write_texts
 from nanocaption.images import has_image_extension, list_images, stem, write_images
@@ -134,11 +134,7 @@ def read_split_files(files, names):
     unknown = []
     lists = dict(zip(SPLITS, files))
     for split, path in lists.items():
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                ids = [line.strip() for line in file if line.strip()]
-        except (FileNotFoundError, UnicodeDecodeError) as error:
-            raise UserError(f"--split_files {path}: {error}") from None
+        ids = [line.strip() for line in read_text(path).split("\n") if line.strip()]
         ids = list(dict.fromkeys(ids))  # without repetitions
         found = match_names(ids, names)
         unknown += [f"{path}: {id}" for id in ids if id not in found]
@@ -244,7 +240,14 @@ def convert(args, source):
     entries = list_images(args.images)
     texts, split_of = captions_by_path(captions, splits, entries, args.images, skipped)
     images = group_by_split(texts, split_of)
+    if not captions and skipped:
+        write_skipped(out_dir, skipped)
+        raise UserError(
+            f"nothing to train on: no usable captions, beginning with {skipped[0][1]}; "
+            f"see {out_dir}/skipped.txt"
+        )
     if "train" not in images:
+        write_skipped(out_dir, skipped)
         raise UserError(
             f"nothing to train on: {len(captions):,} names in the captions (such as "
             f"{next(iter(captions), '')}) and {len(entries):,} files in {args.images} (such as "
@@ -333,15 +336,19 @@ def short_names(paths):
     return names
 
 
-def check_skipped(out_dir, skipped, kind, total, allow_missing):
-    """
-    Writes skipped.txt, a line "kind<TAB>what" for each. Raises UserError if more than 1% of the
-    images or captions are skipped.
-    """
+def write_skipped(out_dir, skipped):
+    """Writes skipped.txt, a line "kind<TAB>what" for each."""
     if skipped:
         lines = "".join(f"{kind}\t{what}\n" for kind, what in skipped)
         with atomic_write(f"{out_dir}/skipped.txt") as file:
             file.write(lines.encode("utf-8", "replace"))
+
+
+def check_skipped(out_dir, skipped, kind, total, allow_missing):
+    """
+    Writes skipped.txt. Raises UserError if more than 1% of the images or captions are skipped.
+    """
+    write_skipped(out_dir, skipped)
     bad = [what for skipped_kind, what in skipped if skipped_kind == kind]
     if len(bad) > 0.01 * total and not allow_missing:
         raise UserError(
