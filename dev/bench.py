@@ -113,12 +113,12 @@ def anonymous_memory(pid):
     """
     total = 0
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         found = re.search(r"RssAnon:\s+(\d+)", status)
         if found:
             total += int(found[1]) / 1024
         for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
+            for child in (task / "children").read_text(encoding="utf-8").split():
                 total += anonymous_memory(child)
     except OSError:
         pass
@@ -609,7 +609,7 @@ def link_photos(folder, photos, n):
     for i, caption in enumerate(draw_captions(n)):
         os.link(photos[i % len(photos)], images / f"{i}.jpg")
         lines.append(f"{i}.jpg,{caption}\n")
-    (folder / f"captions{n}.csv").write_text("".join(lines))
+    (folder / f"captions{n}.csv").write_text("".join(lines), encoding="utf-8")
 
 
 def run_prepare(folder, n, memory):
@@ -658,7 +658,7 @@ def bench_load(folder, n_layer=18, n_embd=2048, vocab_size=GPT2_VOCAB_SIZE):
     write_safetensors(folder / "model.safetensors", gpt2_shapes(n_layer, n_embd, vocab_size))
     config = dict(model_type="gpt2", n_layer=n_layer, n_head=8, n_embd=n_embd,
                   vocab_size=vocab_size)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     sizes, _, _ = part_options("", str(folder))
     options = train.Options(
         **sizes, decoder=str(folder), lora_rank=2, max_iters=1, block_size=32, bridge="prefix",
