@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -160,6 +161,63 @@ def test_caption_from_python(trained, photos):
     with a.open("rb") as file:
         assert caption(captioner, file) == texts[0]
     assert [len(found) for found in caption(captioner, [a, b], num_samples=3)] == [3, 3]
+
+
+def test_caption_of_images_and_arrays_in_memory(trained, tmp_path):
+    pixels = random_images(1, 50)[0].numpy()
+    gray = Image.fromarray(pixels).convert("L")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    gray.save(tmp_path / "gray.png")
+    captioner = load(trained, "cpu", "float32")
+    of_file = caption(captioner, tmp_path / "a.png")
+    of_gray = caption(captioner, tmp_path / "gray.png")
+    clear = np.dstack([pixels, np.full((50, 50), 255, np.uint8)])
+    sources = {
+        "PIL": (Image.fromarray(pixels), of_file),
+        "PIL, a file that is not read yet": (Image.open(tmp_path / "a.png"), of_file),
+        "array": (pixels, of_file),
+        "array with holes": (np.repeat(pixels, 2, axis=1)[:, ::2], of_file),
+        "floats": (pixels / 255, of_file),
+        "float32": ((pixels / 255).astype(np.float32), of_file),
+        "RGBA": (clear, of_file),
+        "gray": (np.asarray(gray), of_gray),
+        "gray with a channel": (np.asarray(gray)[:, :, None], of_gray),
+        "gray, PIL": (gray, of_gray),
+        "several": ([pixels, tmp_path / "gray.png", Image.fromarray(pixels)],
+                    [of_file, of_gray, of_file]),
+        "an array of several": (np.stack([pixels, pixels]), [of_file, of_file]),
+    }
+    found = {}
+    for name, (source, _) in sources.items():
+        try:
+            found[name] = caption(captioner, source)
+        except Exception as error:
+            found[name] = error
+    assert found == {name: expected for name, (_, expected) in sources.items()}
+
+
+def test_a_captioned_image_stays_as_it_was(trained, tmp_path):
+    Image.effect_noise((400, 300), 50).save(tmp_path / "large.jpg")
+    image = Image.open(tmp_path / "large.jpg")
+    try:
+        caption(load(trained, "cpu", "float32"), image)
+    except UserError as error:
+        assert not error
+    assert image.size == (400, 300)
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((3, 50, 50), np.uint8),
+    np.full((50, 50, 3), 200.0),
+    np.full((50, 50, 3), np.nan),
+    np.zeros((50, 50, 3), np.int64),
+])
+def test_caption_refuses_other_arrays(trained, array):
+    try:
+        found = caption(load(trained, "cpu", "float32"), array)
+    except Exception as error:
+        found = str(error)
+    assert "expected (H, W), (H, W, 3) or (H, W, 4), of uint8 or of floats from 0 to 1" in found
 
 
 def test_caption_refuses_other_files(trained, tmp_path):
