@@ -313,8 +313,8 @@ def test_unreadable_images_leave_no_row_and_one_percent_is_the_limit(many, capsy
 
 
 @pytest.mark.parametrize("record, lack", [
-    ({"image": "000.png", "label": "dog"}, "no text in captions, caption"),
-    ({"path": "000.png", "caption": "A dog"}, "no image, image_name"),
+    ({"image": "000.png", "label": "dog"}, "no text as caption (captions, caption"),
+    ({"path": "000.png", "caption": "A dog"}, "no image name (image, image_name"),
 ])
 def test_no_usable_caption(many, capsys, record, lack):
     write_jsonl(many / "captions.jsonl", [record, record])
