@@ -24,8 +24,8 @@ def check_attention(model, num_samples=1):
     if num_samples > 1:
         reason = "it works with beam search only, not with samples"
     elif options.n_query:
-        reason = (f"this checkpoint pools the patches into n_query={options.n_query} vectors, which "
-                  "have no place in the image")
+        reason = (f"this checkpoint pools the patches into n_query={options.n_query} vectors, "
+                  "which have no place in the image")
     elif options.bridge == "prefix" and options.decoder_family == "falcon":
         reason = "Falcon's self-attention is not supported; use bridge=cross or both"
     if reason:
