@@ -463,7 +463,8 @@ def time_training(options, data, device, rounds):
         device=device.type, max_iters=0, max_minutes=1e6, log_interval=RUN_STEPS,
         eval_interval=10**9)
     config = Path(f"{changed.out_dir}.py")
-    config.write_text("".join(f"{key} = {value!r}\n" for key, value in asdict(changed).items()))
+    lines = [f"{key} = {value!r}\n" for key, value in asdict(changed).items()]
+    config.write_text("".join(lines), encoding="utf-8")
     times = []
     command = [sys.executable, ROOT / "train.py", config]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
