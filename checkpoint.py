@@ -3,12 +3,13 @@ Checkpoints: what they hold, how they are read, how a run starts from one.
 
 A checkpoint is a dict of tensors, strings, numbers, lists and dicts, so it loads with
 weights_only=True: version, options, vocab_size, tokenizer (ranks, pattern, ids), fingerprint of
-the data, model (the weights that were trained). last.pt adds teacher, optimizer and state, which a
+the data, model (the weights that were trained), source_hashes (of the frozen parts' weights),
+flickr_ids (hashes of the training images' ids). last.pt adds teacher, optimizer and state, which a
 resumed run needs; best.pt holds the better of student and teacher in half precision.
 """
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import tiktoken
@@ -16,8 +17,11 @@ import torch
 
 from model import Captioner, ModelOptions
 from nanocaption.cli import BUNDLED, UserError, atomic_write, one_line
+from nanocaption.dataset import flickr_hash
+from nanocaption.download import check_no_pointer
 from nanocaption.precision import cast_weights, pick_dtype
 from nanocaption.tokenizer import make_tokenizer, text_to_ranks
+from nanocaption.weights import absolute_source
 
 VERSION = 2
 # version 1 had these options; they are constants now
@@ -67,8 +71,10 @@ def read_checkpoint(path):
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one (python train.py config/nano.py) or "
                         "pass the path of an existing one")
+    check_no_pointer(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # not memory-mapped: Windows cannot replace a mapped file, and a run saves over its own
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read {path} as a checkpoint ({type(error).__name__}: {reason})"
@@ -182,6 +188,14 @@ def restore(model, weights, frozen=None):
         raise UserError(f"the checkpoint's weights do not fit its options: {reason}") from None
 
 
+def check_sources(model, checkpoint):
+    """Raises UserError if a frozen part has other weights than the checkpoint was trained with."""
+    for part, expected in checkpoint.get("source_hashes", {}).items():
+        if model.source_hashes[part] != expected:
+            raise UserError(f"the {part}'s weights in {getattr(model.options, part)} are not those "
+                            "that the checkpoint was trained with; put those back")
+
+
 def build(checkpoint):
     """A checkpoint's dict -> its Captioner, on the CPU, in eval mode, with LoRA merged."""
     options = ModelOptions()
@@ -195,6 +209,7 @@ def build(checkpoint):
     weights = checkpoint["model"]
     vocab_size = checkpoint.get("vocab_size") or len(weights["wte.weight"])
     model = make_model(options, vocab_size, ids=checkpoint["tokenizer"].get("ids"))
+    check_sources(model, checkpoint)
     restore(model, weights)
     if options.lora_rank:
         from pretrained import merge_lora
@@ -211,6 +226,7 @@ class LoadedCaptioner:
     dtype: torch.dtype  # of matrix products
     beam: int = 3  # beam search's defaults for this checkpoint
     length_penalty: float = 0.5
+    flickr_ids: set = field(default_factory=set)  # of its training images; see flickr_hash
 
 
 def load(path=BUNDLED, device="auto", dtype="auto"):
@@ -222,6 +238,7 @@ def load(path=BUNDLED, device="auto", dtype="auto"):
         saved = checkpoint["tokenizer"]
         tokenizer = make_tokenizer(text_to_ranks(saved["ranks"]), saved["pattern"])
         model = build(checkpoint).to(device)
+        flickr_ids = set(checkpoint["flickr_ids"].tolist()) if "flickr_ids" in checkpoint else set()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -229,7 +246,7 @@ def load(path=BUNDLED, device="auto", dtype="auto"):
     if dtype != torch.float32:
         cast_weights(model, dtype)
     return LoadedCaptioner(model, tokenizer, model.options.image_size, dtype,
-                           **checkpoint.get("search", {}))
+                           flickr_ids=flickr_ids, **checkpoint.get("search", {}))
 
 
 # -----------------------------------------------------------------------------
@@ -277,6 +294,8 @@ def find_start(options, source, data, rank=0):
     for name in sorted(ARCHITECTURE):
         wanted = getattr(options, name)
         value = saved.get(name, getattr(type(options), name))
+        if name in ("encoder", "decoder"):
+            value = absolute_source(value)
         explicit = source.get(name) == "command line" or (resume and name in source)
         if value != wanted and explicit:
             raise UserError(f"{name} is {wanted} here but {value} in the checkpoint")
@@ -300,11 +319,16 @@ def report_changes(options, saved, rank):
         print("changed options:", one_line(", ".join(changes)))
 
 
-def about_run(options, data):
-    """What every checkpoint of a run says about it."""
+def about_run(options, data, model, parent):
+    """What every checkpoint of a run says about it. parent: the one it starts from, or None."""
     tokenizer = dict(ranks=data.tokenizer_text, pattern=data.meta["pattern"], ids=data.token_ids)
+    flickr_ids = {flickr_hash(name) for name in data.split("train").names} - {None}
+    if parent and "flickr_ids" in parent:
+        flickr_ids.update(parent["flickr_ids"].tolist())
     return dict(version=VERSION, options=asdict(options), vocab_size=data.vocab_size,
-                tokenizer=tokenizer, fingerprint=data.fingerprint)
+                tokenizer=tokenizer, fingerprint=data.fingerprint,
+                source_hashes=getattr(model, "source_hashes", {}),
+                flickr_ids=torch.tensor(sorted(flickr_ids), dtype=torch.int64))
 
 
 def trained_weights(model, frozen):
@@ -357,4 +381,6 @@ def resume_run(checkpoint, model, teacher, optimizer, options):
                         "lr_scale or weight_decay") from None
     for group, settings in zip(optimizer.param_groups, given):
         group.update(settings)
+    # copied by now; a run should not hold them twice
+    del checkpoint["model"], checkpoint["teacher"]
     return checkpoint["state"]

@@ -21,7 +21,7 @@ from model import pack
 from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_ranges, run,
                              show_progress)
-from nanocaption.dataset import Dataset
+from nanocaption.dataset import Dataset, flickr_hash
 from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
 from nanocaption.precision import autocast
@@ -261,6 +261,10 @@ def main():
     if n_cut:
         warn(f"{n_cut:.0f} references were cut to {captioner.model.max_tokens} tokens for the "
              "loss, so bits per character are too low")
+    n_seen = sum(flickr_hash(name) in captioner.flickr_ids for name in source.names)
+    if n_seen:
+        warn(f"{n_seen} of these {n} images have the Flickr ids of training images, so scores are "
+             "too high")
     if n < 100:
         warn("CIDEr is unreliable with fewer than 100 images: it weights n-grams by their rarity")
     if n > 1 and shuffled_ce - ce < 0.01 * n_tokens:

@@ -21,7 +21,7 @@ from nanocaption.dataset import SPLITS, Dataset, clear_dataset, dataset_files, w
 from nanocaption.images import has_image_extension, list_folder, list_images, stem, write_images
 from nanocaption.tokenizer import read_tokenizer
 
-FLICKR30K_URL = "https://huggingface.co/datasets/nlphuji/flickr30k/resolve/main"
+FLICKR30K_URL = f"{download.HUB}/datasets/nlphuji/flickr30k/resolve/main"
 FLICKR30K = {"train": 29000, "val": 1014, "test": 1000}  # images in Karpathy's split
 # options that decide what is written
 SOURCE_OPTIONS = (

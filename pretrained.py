@@ -22,15 +22,17 @@ from torch.nn import functional as F
 from model import Block, Captioner, Encoder, attention, merge_heads, patchify, split_heads
 from nanocaption import efficientnet
 from nanocaption.cli import UserError
-from nanocaption.weights import fetch_model, read_json, read_pickle, read_weights
+from nanocaption.weights import (fetch_model, hash_tensors, read_json, read_pickle,
+                                 read_weights)
 
 LORA_ALPHA = 16
 # the pretrained weights of a hybrid encoder
 NETWORK = ("encoder.network.", "encoder.stem.last.")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# a tensor's prefix depends on the head that the model was saved with
-PREFIXES = re.compile(r"(vit|deit|dinov2|vision_model|transformer)\.")
+# a tensor's prefixes depend on what the model was in when it was saved
+PREFIXES = re.compile(
+    r"^((vit|deit|dinov2|vision_model|transformer|model|base_model|module|_orig_mod)\.)+")
 # tensors that a captioner does not need
 UNUSED = re.compile(
     r"pooler|classifier|mask_token|post_layernorm|text_|visual_projection|logit_scale"
@@ -101,6 +103,9 @@ CLIP_NAMES = {
     "mlp.fc": "mlp.fc1",
     "mlp.proj": "mlp.fc2",
 }
+# transformers leaves these out of CLIP's config.json
+CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                     num_attention_heads=12, patch_size=32)
 
 
 class QuickGELU(nn.Module):
@@ -146,7 +151,7 @@ class ViT:
                intermediate_size=4 * width, qkv_bias=True, use_swiglu_ffn=False)
         return dict(
             encoder_family=self.family,
-            patch_size=config["patch_size"],
+            patch_size=one_side(config["patch_size"]),
             n_layer_encoder=config["num_hidden_layers"],
             n_head_encoder=config["num_attention_heads"],
             n_embd_encoder=width,
@@ -194,6 +199,13 @@ class ViT:
                 fold_scale(weights, ours + "attention.proj", tensors.pop(theirs + names["scale1"]))
                 fold_scale(weights, ours + "mlp.proj", tensors.pop(theirs + names["scale2"]))
         return weights
+
+
+def one_side(size):
+    """[8, 8] -> 8; anything else stays as it is."""
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        return size[0]
+    return size
 
 
 def fold_scale(weights, name, scale):
@@ -326,6 +338,13 @@ ENCODERS = {
 # -----------------------------------------------------------------------------
 # decoders: GPT-2
 
+def pop_embedding(tensors, name):
+    """Pops the token embedding, which may be saved as the output layer that it is tied to."""
+    if name not in tensors and "lm_head.weight" in tensors:
+        name = "lm_head.weight"
+    return tensors.pop(name)
+
+
 GPT2_NAMES = {
     "norm1": "ln_1",
     "attention.qkv": "attn.c_attn",
@@ -358,7 +377,7 @@ class GPT2:
 
     def weights(self, tensors, options):
         weights = {
-            "wte.weight": tensors.pop("wte.weight"),
+            "wte.weight": pop_embedding(tensors, "wte.weight"),
             "wpe.weight": tensors.pop("wpe.weight")[:options.block_size],
         }
         move(tensors, "ln_f", weights, "norm")
@@ -471,7 +490,7 @@ class Falcon:
 
     def weights(self, tensors, options):
         weights = {
-            "wte.weight": tensors.pop("word_embeddings.weight"),
+            "wte.weight": pop_embedding(tensors, "word_embeddings.weight"),
             "wpe.weight": torch.zeros(options.block_size, options.n_embd),
         }
         move(tensors, "ln_f", weights, "norm")
@@ -527,9 +546,11 @@ def read_model_config(source):
     config = read_json(fetch_model(source) / "config.json")
     model_type = config.get("model_type")
     if model_type == "clip":
-        config = config.get("vision_config", {})
+        config = config.get("vision_config") or {}
     if model_type == "clip_vision_model":
         model_type = "clip"
+    if model_type == "clip":
+        config = {**CLIP_DEFAULTS, **config}
     return {**config, "model_type": model_type}
 
 
@@ -556,16 +577,30 @@ def read_sizes(source, family, config):
 
 
 def read_normalization(source, family):
-    """The mean and std of an encoder's images, 3 floats each."""
-    path = fetch_model(source) / "preprocessor_config.json"
-    config = read_json(path) if path.exists() else {}
+    """
+    The mean and std of an encoder's images, 3 floats each, of pixels in 0..1. As in transformers,
+    processor_config.json comes first, and null means the default.
+    """
+    path = fetch_model(source) / "processor_config.json"
+    config = read_json(path).get("image_processor") if path.exists() else None
+    if not isinstance(config, dict):
+        path = path.with_name("preprocessor_config.json")
+        config = read_json(path) if path.exists() else {}
+    mean = config.get("image_mean") or family.mean
+    std = config.get("image_std") or family.std
+    if config.get("do_normalize") is False:
+        mean = 0.0
+        std = 1.0
+    # pixels that the encoder takes in another range than 0..1
+    factor = config.get("rescale_factor") or 1 / 255
+    if config.get("do_rescale") is False:
+        factor = 1.0
     try:
-        mean = [float(x) for x in config.get("image_mean", family.mean)]
-        std = [float(x) for x in config.get("image_std", family.std)]
-    except (TypeError, ValueError):
-        mean = std = []
-    if len(mean) != 3 or len(std) != 3:
-        raise UserError(f"{path}: image_mean and image_std must be three numbers each")
+        # one number is for all channels
+        both = torch.stack([torch.tensor(x, dtype=torch.float64).expand(3) for x in (mean, std)])
+        mean, std = (both / (255 * factor)).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path}: image_mean and image_std must be three numbers each") from None
     return mean, std
 
 
@@ -590,16 +625,24 @@ def load_parts(model, encoder="", decoder="", ids=None):
     """
     The pretrained weights of a captioner, {name: tensor}, memory-mapped where possible. The model
     may be on the meta device. ids, list[int]: which tokens of the decoder to keep (None: all).
+    Sets model.source_hashes: {"encoder": hash of the tensors it was made of, "decoder": ...} for
+    parts that are frozen, which checkpoints leave out.
     """
     loaded = {}
+    model.source_hashes = {}
     if encoder:
         family = ENCODERS[model.options.encoder_family]
-        weights = load_part(family, model.encoder, encoder, model.options)
+        weights, used = load_part(family, model.encoder, encoder, model.options)
+        if model.options.freeze_encoder:
+            model.source_hashes["encoder"] = hash_tensors(used)
         for name, tensor in weights.items():
             loaded[f"encoder.{name}"] = tensor
     if decoder:
         family = DECODERS[model.options.decoder_family]
-        loaded |= load_part(family, model, decoder, model.options, ids)
+        weights, used = load_part(family, model, decoder, model.options, ids)
+        loaded |= weights
+        if model.options.lora_rank:
+            model.source_hashes["decoder"] = hash_tensors(used)
     return loaded
 
 
@@ -612,10 +655,14 @@ def read_tensors(source):
 
 
 def load_part(family, module, source, options, ids=None):
-    """The pretrained weights of one part, {name in module: tensor}; see load_parts."""
+    """
+    The pretrained weights of one part, {name in module: tensor}, and the source's tensors that they
+    were made of, {their name: tensor}; see load_parts.
+    """
     tensors = {}
     for name, tensor in read_tensors(source).items():
         tensors[PREFIXES.sub("", name, count=1)] = tensor
+    used = dict(tensors)
     try:
         weights = family.weights(tensors, options)
         if ids is not None:
@@ -626,7 +673,9 @@ def load_part(family, module, source, options, ids=None):
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: the weights do not fit config.json ({reason})") from None
     check_fit(module, weights, tensors, source)
-    return weights
+    for name in tensors:
+        del used[name]
+    return weights, used
 
 
 def check_fit(module, weights, tensors, source):
@@ -641,6 +690,9 @@ def check_fit(module, weights, tensors, source):
         expected = tuple(parameters[name].shape)
         if found != expected:
             raise UserError(f"{source}: {name} has shape {found}, expected {expected}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{source}: {name} has the unsupported dtype {tensor.dtype}; use the "
+                            "model in float32, float16 or bfloat16")
 
 
 def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), ids=None,
@@ -690,13 +742,16 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
 
 
 def check_vocabulary(decoder, decoder_vocab_size, vocab_size, ids):
-    """Raises UserError unless the data has as many tokens as the decoder, or as ids keep of it."""
+    """
+    Raises UserError unless the data has as many tokens as the decoder, or as ids keep of it. A
+    decoder may have more rows than its tokenizer has tokens.
+    """
     expected = decoder_vocab_size
     if ids and max(ids) < decoder_vocab_size:
         expected = len(ids)
     if vocab_size != expected:
         raise UserError(f"{decoder} has {decoder_vocab_size:,} tokens, but the data has "
-                        f"{vocab_size:,}; prepare the data with --tokenizer {decoder} (add "
+                        f"{vocab_size:,}; prepare the data with --tokenizer {decoder} --force (add "
                         "--keep_used to keep only the tokens that captions use)")
 
 

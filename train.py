@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (about_run, find_start, make_model, pick_device, restore, resume_run,
-                        save_best, save_last)
+from checkpoint import (about_run, check_sources, find_start, make_model, pick_device, restore,
+                        resume_run, save_best, save_last)
 from model import ModelOptions, pack
 from nanocaption.augment import augment, names_a_side
 from nanocaption.cli import UserError, check_ranges, lock_folder, run
@@ -41,6 +41,7 @@ from nanocaption.tokenizer import DECODER_PATTERNS
 from nanocaption.training_log import (log_evaluation, log_start, log_step, open_out_dir,
                                       report_skipped)
 from nanocaption.views import FrozenViews, check_views, fill_views, pick_views
+from nanocaption.weights import absolute_source
 
 SAVE_SECONDS = 300  # of training, between checkpoints without an evaluation
 
@@ -130,6 +131,8 @@ class Options(ModelOptions):
 def read_options(argv):
     """The command line -> checked Options, and where each one that was set comes from."""
     options, source = parse_options(Options, argv, __doc__)
+    options.encoder = absolute_source(options.encoder)
+    options.decoder = absolute_source(options.decoder)
     if options.encoder or options.decoder:
         from pretrained import native_image_size, part_options
         fixed, _, _ = part_options(options.encoder, options.decoder)
@@ -408,6 +411,7 @@ def build_model(options, data, checkpoint, resume):
                        DTYPES[options.dtype])
     model.recompute = options.recompute
     if checkpoint:
+        check_sources(model, checkpoint)
         restore(model, checkpoint["model"])
         smoothed = checkpoint["options"].get("smoothing", 0) > 0
         if options.samples and smoothed and not resume:
@@ -452,7 +456,7 @@ def main():
     ddp_model = DistributedDataParallel(model) if world > 1 else model
 
     # no rank writes to out_dir until all ranks agree
-    about = about_run(options, data)
+    about = about_run(options, data, model, checkpoint)
     facts = dict(about["options"], data_dir="", step=state.step, data=data.fingerprint)
     check_ranks_agree(facts, rank, world)
     if options.freeze_encoder and options.cache_features:

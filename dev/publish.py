@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from checkpoint import build, halve, read_checkpoint
 from nanocaption.cli import Parser, atomic_write, check_ranges, run
 
-KEPT = ("version", "vocab_size", "tokenizer", "fingerprint", "which", "step", "eval")
+KEPT = ("version", "vocab_size", "tokenizer", "fingerprint", "which", "step", "eval",
+        "flickr_ids")
 
 
 def main():

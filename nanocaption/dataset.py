@@ -7,7 +7,7 @@ SPLIT_captions.bin   int64 (C + 1,)       where each caption begins in the token
 SPLIT_index.bin      int64 (N + 1,)       where each image's captions begin among the captions
 SPLIT.jsonl          text                 {"image": file name, "captions": [...]} for each image
 tokenizer.tiktoken   text                 the tokens, in tiktoken's format
-token_ids.bin        int64                the tokens' ids in a pretrained decoder, if they differ
+token_ids.bin        int64                the tokens' ids in a pretrained decoder, if it has them
 meta.json            text                 sizes, counts, mean and std; written last
 """
 import array
@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Dataset:
 
     @property
     def token_ids(self):
-        """The tokens' ids in a pretrained decoder, list[int]; None if they are the same."""
+        """The tokens' ids in a pretrained decoder, list[int]; None if there is none."""
         path = f"{self.data_dir}/token_ids.bin"
         if not os.path.exists(path):
             return None
@@ -171,6 +172,19 @@ class Split:
             return np.asarray(np.memmap(path, dtype, "r", shape=shape))
         except (FileNotFoundError, ValueError) as error:
             raise damaged(path, error) from None
+
+
+def flickr_hash(name):
+    """
+    A hash, int64, of the Flickr id at the start of an image's name: 1000268201 in
+    1000268201_693b08cb0e.jpg or 1000268201.jpg. None if there is none. Ids have at least five
+    digits and no leading zero.
+    """
+    found = re.match(r"([1-9][0-9]{4,})[_.]", os.path.basename(name))
+    if not found:
+        return None
+    digest = hashlib.sha256(found[1].encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def read_meta(data_dir):
@@ -285,7 +299,7 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
             f"the tokenizer has {encoding.n_vocab:,} tokens; at most {2**16:,} fit into uint16"
         )
     write_file(f"{out_dir}/tokenizer.tiktoken", ranks_to_text(ranks))
-    if ids and ids != list(range(len(ids))):
+    if ids:
         write_file(f"{out_dir}/token_ids.bin", np.array(ids, np.int64))
 
     # captions

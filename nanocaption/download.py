@@ -10,7 +10,8 @@ import urllib.parse
 
 from nanocaption.cli import ROOT, UserError, atomic_write, lock_file, show_progress
 
-HUB = "https://huggingface.co"
+# a mirror, as in Hugging Face's own programs
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 WEIGHTS = os.path.join(ROOT, "data", "weights")  # where models from the hub are kept
 IMAGE_BYTES = 2**27  # larger than any image file
 IMAGE_SECONDS = 60  # to download an image
@@ -92,6 +93,27 @@ def is_hub_name(source):
     if os.path.isdir(f"{WEIGHTS}/{source}"):
         return True
     return not os.path.exists(source.split("/")[0])
+
+
+def fetch_hub_file(source, path):
+    """Downloads a file of a model on the hub. Returns False if it has none of that name."""
+    url = f"{HUB}/{source}/resolve/main/{os.path.basename(path)}"
+    try:
+        download(url, str(path), os.environ.get("HF_TOKEN"))
+    except OSError as error:
+        if getattr(error, "status", None) == 404:
+            return False
+        raise
+    return True
+
+
+def check_no_pointer(path):
+    """Raises UserError if a file is git-lfs's pointer to a large file."""
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is only a git-lfs pointer to the file; run git lfs pull in its "
+                        "folder, or download it again")
 
 
 def download(url, path, token=None):

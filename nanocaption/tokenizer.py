@@ -191,7 +191,7 @@ def text_to_ranks(text):
 def read_tokenizer(source):
     """
     Reads an existing tokenizer. source: "gpt2", a prepared folder, a checkpoint or its folder, a
-    model on the hub, or a folder with a tokenizer.json.
+    model on the hub, or a folder with a tokenizer.json, or vocab.json and merges.txt.
 
     Returns (list[bytes] by rank, pattern, ids). ids: the ids of the tokens and of EOT in a
     pretrained decoder, or None. Returns None for "bpe", which has yet to be learned.
@@ -210,16 +210,19 @@ def read_tokenizer(source):
     if is_model_name and download.is_hub_name(source):
         folder = f"{download.WEIGHTS}/{source}"
         os.makedirs(folder, exist_ok=True)
-        url = f"{download.HUB}/{source}/resolve/main/tokenizer.json"
-        download.download(url, f"{folder}/tokenizer.json", os.environ.get("HF_TOKEN"))
+        if not download.fetch_hub_file(source, f"{folder}/tokenizer.json"):
+            for name in ("vocab.json", "merges.txt"):
+                download.fetch_hub_file(source, f"{folder}/{name}")
     if os.path.exists(f"{folder}/tokenizer.json"):
         return read_hub_tokenizer(f"{folder}/tokenizer.json")
+    if os.path.exists(f"{folder}/vocab.json") and os.path.exists(f"{folder}/merges.txt"):
+        return read_hub_tokenizer(f"{folder}/vocab.json")
     for path in (f"{source}/best.pt", f"{source}/last.pt", source):
         if os.path.isfile(path):
             return read_checkpoint_tokenizer(path)
     raise UserError(
         f"--tokenizer {source}: expected bpe, gpt2, a prepared folder, a checkpoint or its folder, "
-        "OWNER/NAME on the hub or a folder with a tokenizer.json"
+        "OWNER/NAME on the hub or a folder with a tokenizer.json, or vocab.json and merges.txt"
     )
 
 
@@ -236,6 +239,7 @@ def read_gpt2_tokenizer():
 def read_checkpoint_tokenizer(path):
     """A checkpoint's tokenizer, as read_tokenizer returns it."""
     import torch  # only needed here
+    download.check_no_pointer(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tokenizer = checkpoint["tokenizer"]
@@ -251,13 +255,16 @@ def read_checkpoint_tokenizer(path):
 
 def read_hub_tokenizer(path):
     """
-    Reads the tokenizer.json of a byte-level BPE such as GPT-2's or Falcon's. Returns (list[bytes]
-    by rank, pattern, the tokens' ids there with that of <|endoftext|> last). Raises UserError for
-    other kinds of tokenizers.
+    Reads the tokenizer.json of a byte-level BPE such as GPT-2's or Falcon's, or the older pair of
+    vocab.json and merges.txt. Returns (list[bytes] by rank, pattern, the tokens' ids there with
+    that of <|endoftext|> last). Raises UserError for other kinds of tokenizers.
     """
+    download.check_no_pointer(path)
     try:
         with open(path, encoding="utf-8") as file:
             data = json.load(file)
+        if os.path.basename(path) == "vocab.json":
+            data = join_vocab_and_merges(data, os.path.dirname(path))
         split = data["pre_tokenizer"]
         kind = " ".join(part["type"] for part in split.get("pretokenizers", [split]))
         if kind not in HUB_PATTERNS:
@@ -285,6 +292,20 @@ def read_hub_tokenizer(path):
             f"({type(error).__name__}: {error})"
         ) from None
     return ranks, HUB_PATTERNS[kind], [ids[token] for token in ranks] + [eot]
+
+
+def join_vocab_and_merges(vocab, folder):
+    """vocab.json's dict, and merges.txt in its folder -> what GPT-2's tokenizer.json holds."""
+    with open(f"{folder}/merges.txt", encoding="utf-8") as file:
+        merges = [line.rstrip("\n") for line in file if not line.startswith("#version")]
+    if any(token.endswith("</w>") for token in vocab):
+        raise ValueError("its words end in </w>, as CLIP's do")
+    eot = {"content": "<|endoftext|>", "id": vocab["<|endoftext|>"]}
+    return {
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "added_tokens": [eot],
+        "model": {"vocab": vocab, "merges": [merge for merge in merges if merge]},
+    }
 
 
 def printable_bytes():

@@ -1,4 +1,5 @@
 """The files of pretrained models: downloads from the Hugging Face hub, safetensors and pickles."""
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,20 @@ SAFETENSORS_DTYPES = {
 }
 
 
+def absolute_source(source):
+    """
+    What --encoder or --decoder names, with a local folder or file by its absolute path, so that it
+    is found from any folder. Names on the hub and of EfficientNets stay as they are.
+    """
+    name, colon, path = "", "", source
+    if source.startswith("efficientnet"):
+        name, colon, path = source.partition(":")
+    path = os.path.expanduser(path)
+    if colon or os.path.isdir(path):
+        path = os.path.abspath(path)
+    return name + colon + path
+
+
 def fetch_model(source):
     """
     A model's folder, as a Path: source itself, or data/weights/NAME, where the model of that name
@@ -26,6 +41,8 @@ def fetch_model(source):
     """
     if os.path.isdir(source):
         return Path(source)
+    if os.path.isabs(source):
+        raise UserError(f"no folder {source}; check the path, or put the model back there")
     if not download.is_hub_name(source):
         raise UserError(f"{source} is neither a folder nor a name on the hub, such as gpt2 or "
                         "facebook/dinov2-small")
@@ -33,29 +50,19 @@ def fetch_model(source):
     folder.mkdir(parents=True, exist_ok=True)
     if weight_files(folder):
         return folder
-    if not fetch_file(source, folder / "config.json"):
+    if not download.fetch_hub_file(source, folder / "config.json"):
         raise UserError(f"no model {source} on the hub (no config.json); check the name")
-    fetch_file(source, folder / "preprocessor_config.json")  # encoders only
+    for name in ("processor_config.json", "preprocessor_config.json"):  # encoders only
+        download.fetch_hub_file(source, folder / name)
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
-        if not fetch_file(source, folder / name) and fetch_file(source, index):
+        if (not download.fetch_hub_file(source, folder / name)
+                and download.fetch_hub_file(source, index)):
             for shard in read_index(index):
-                fetch_file(source, folder / shard)
+                download.fetch_hub_file(source, folder / shard)
         if weight_files(folder):
             return folder
     raise no_weights(source)
-
-
-def fetch_file(source, path):
-    """Downloads a file of a model on the hub. Returns False if it has none of that name."""
-    url = f"{download.HUB}/{source}/resolve/main/{path.name}"
-    try:
-        download.download(url, str(path), os.environ.get("HF_TOKEN"))
-    except OSError as error:
-        if getattr(error, "status", None) == 404:
-            return False
-        raise
-    return True
 
 
 def weight_files(folder):
@@ -110,15 +117,27 @@ def read_weights(folder):
     return tensors
 
 
+def hash_tensors(tensors):
+    """A hash of {name: tensor}: of names, dtypes, shapes and values."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        result.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return result.hexdigest()
+
+
 def read_pickle(path):
     """pytorch_model.bin -> {name: tensor}. Code in the file is not run."""
     try:
+        download.check_no_pointer(path)
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"  # files from before torch 1.6 cannot be mapped
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
             raise ValueError("not a dict of tensors")
         return tensors
+    except UserError:
+        raise
     except Exception as error:  # torch raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read {path} as weights ({type(error).__name__}: {reason})"
@@ -133,9 +152,12 @@ def read_safetensors(path):
     The file has the length of the header in 8 bytes; the header, JSON with the dtype, shape and
     data_offsets of each tensor; and the data.
     """
+    download.check_no_pointer(path)
     try:
         header, start = read_header(path)
         return map_tensors(path, header, start)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
@@ -157,6 +179,9 @@ def read_header(path):
     header.pop("__metadata__", None)
     for name, entry in header.items():
         check_entry(name, entry)
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise UserError(f"{path}: {name} has the unsupported dtype {entry['dtype']!r}; use the "
+                            "model in float32, float16 or bfloat16")
     return header, 8 + length
 
 
@@ -165,8 +190,8 @@ def check_entry(name, entry):
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} lacks dtype, shape or data_offsets")
     dtype = entry["dtype"]
-    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
-        raise ValueError(f"{name} has unknown dtype {dtype!r}")
+    if not isinstance(dtype, str):
+        raise ValueError(f"{name} has dtype {dtype!r}")
     shape = entry["shape"]
     offsets = entry["data_offsets"]
     if not is_size_list(shape) or not is_size_list(offsets) or len(offsets) != 2:

@@ -107,6 +107,22 @@ def test_version_1_with_a_dropped_option_is_refused(trained, tmp_path, options):
         load(tmp_path / "old.pt")
 
 
+def test_a_checkpoint_is_not_mapped(trained, tmp_path):
+    """Windows cannot replace a mapped file. Tensors of a mapped one would change with it."""
+    path = tmp_path / "last.pt"
+    path.write_bytes((trained / "last.pt").read_bytes())
+    checkpoint = read_checkpoint(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    expected = torch.load(trained / "last.pt", weights_only=True)
+    for name in ("model", "teacher"):
+        for key, tensor in expected[name].items():
+            assert torch.equal(checkpoint[name][key], tensor), key
+    for key, state in expected["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(checkpoint["optimizer"]["state"][key][name], value), name
+
+
 def test_the_bundled_checkpoint_loads():
     captioner = load(HERE / "out/flickr8k", "cpu")
     [[found]] = caption_images(captioner, random_images(1, 64).numpy())

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pretrained
-from checkpoint import load, make_model
+from checkpoint import load, make_model, read_checkpoint
 from helpers import HERE, one_line_error, random_images, run
 from model import pack
 from nanocaption import download
@@ -23,7 +24,7 @@ from nanocaption.cli import UserError
 from nanocaption.dataset import Dataset
 from nanocaption.options import read_config_file
 from nanocaption.tokenizer import keep_used, make_tokenizer, read_hub_tokenizer, read_tokenizer
-from nanocaption.weights import read_index, read_safetensors
+from nanocaption.weights import read_index, read_pickle, read_safetensors
 from pretrained import (DECODERS, LORA_ALPHA, LoRA, add_lora, assemble, build_captioner, merge_lora,
                         part_options)
 from test_download import mirror  # noqa: F401: a fixture
@@ -271,6 +272,98 @@ def test_names_have_the_right_shapes(name, tmp_path, monkeypatch):
         assert count(model.encoder, ignored) == expected > 5e6
 
 
+def rewrite(folder, change):
+    """Replaces the tensors of a model's folder by change(tensors)."""
+    path = folder / "model.safetensors"
+    tensors = {name: t.clone() for name, t in safetensors.load_file(path).items()}
+    safetensors.save_file(change(tensors), path)
+
+
+def refused(*args, **kw):
+    """The message with which captioner() fails; "" if it does not."""
+    try:
+        captioner(*args, **kw)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "base_model.model.",
+                                    "_orig_mod.module."])
+@pytest.mark.parametrize("family", ["clip", "gpt2"])
+def test_prefixes_do_not_matter(family, prefix, tmp_path):
+    theirs = small_decoder(family) if family == "gpt2" else small_encoder(family)
+    theirs.save_pretrained(tmp_path)
+    part = {"decoder" if family == "gpt2" else "encoder": tmp_path}
+    expected = captioner(**part).state_dict()
+    rewrite(tmp_path, lambda tensors: {prefix + name: t for name, t in tensors.items()})
+    assert refused(**part) == ""
+    found = captioner(**part).state_dict()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+
+
+@pytest.mark.parametrize("family, embedding", [
+    ("gpt2", "transformer.wte.weight"),
+    ("falcon", "transformer.word_embeddings.weight"),
+])
+def test_tied_weights_may_be_saved_as_the_head(family, embedding, tmp_path):
+    small_decoder(family).save_pretrained(tmp_path)
+    expected = captioner(decoder=tmp_path).state_dict()["wte.weight"]
+
+    def as_head(tensors):
+        tensors.setdefault("lm_head.weight", tensors[embedding])
+        del tensors[embedding]
+        return tensors
+
+    rewrite(tmp_path, as_head)
+    assert refused(decoder=tmp_path) == ""
+    assert torch.equal(captioner(decoder=tmp_path).state_dict()["wte.weight"], expected)
+
+
+def test_variants_of_config_json(tmp_path):
+    # transformers writes only what differs from CLIP's defaults
+    (tmp_path / "config.json").write_text(json.dumps(
+        dict(model_type="clip", vision_config=dict(patch_size=[16, 16]))))
+    try:
+        fixed, _, _ = part_options(str(tmp_path))
+    except UserError as error:
+        fixed = str(error)
+    assert fixed == dict(encoder_family="clip", patch_size=16, n_layer_encoder=12,
+                         n_head_encoder=12, n_embd_encoder=768)
+    config = dict(SMALL, model_type="vit", patch_size=[8, 16])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config.json gives \[8, 16\] for patch_size"):
+        part_options(str(tmp_path))
+
+
+CUSTOM = dict(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+
+
+@pytest.mark.parametrize("nested, flat, mean, std", [
+    (CUSTOM, None, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]),
+    (CUSTOM, dict(image_mean=[0, 0, 0]), [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]),
+    (None, dict(CUSTOM, do_normalize=False), [0, 0, 0], [1, 1, 1]),
+    (dict(CUSTOM, do_normalize=False), None, [0, 0, 0], [1, 1, 1]),
+    (None, dict(image_mean=None, image_std=None), [0.5] * 3, [0.5] * 3),
+    (None, dict(image_mean=0.25, image_std=[0.4, 0.5, 0.6]), [0.25] * 3, [0.4, 0.5, 0.6]),
+    # pixels in 0..2 and in 0..255
+    (None, dict(CUSTOM, rescale_factor=2 / 255), [0.05, 0.1, 0.15], [0.2, 0.25, 0.3]),
+    (None, dict(image_mean=[102] * 3, image_std=[51] * 3, do_rescale=False), [0.4] * 3, [0.2] * 3),
+])
+def test_normalization_is_theirs(nested, flat, mean, std, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(SMALL, model_type="vit", patch_size=8)))
+    if nested:
+        text = json.dumps(dict(processor_class="X", image_processor=nested))
+        (tmp_path / "processor_config.json").write_text(text)
+    if flat:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(flat))
+    try:
+        _, _, found = part_options(str(tmp_path))
+    except UserError as error:
+        found = str(error)
+    assert found == (pytest.approx(mean), pytest.approx(std))
+
+
 # -----------------------------------------------------------------------------
 # LoRA
 
@@ -492,6 +585,85 @@ def test_lora_and_a_frozen_encoder_train_save_resume_and_caption(parts, tmp_path
     assert b"lora_rank is 4 here but 2" in done.stderr
 
 
+def test_a_local_folder_and_its_weights_are_recognized(parts, tmp_path, monkeypatch):
+    """From any folder, by an absolute path; and never with other weights."""
+    monkeypatch.setattr(download, "fetch_hub_file", None, raising=False)
+    (tmp_path / "hf").mkdir()
+    for part in ("vit", "gpt2"):
+        shutil.copytree(parts / part, tmp_path / "hf" / part)
+    out = tmp_path / "out"
+    relative = os.path.relpath(tmp_path / "hf", HERE)
+    frozen = ["--freeze_encoder", "--lora_rank=2", "--max_iters=1", "--eval_interval=1",
+              f"--encoder={relative}/vit", f"--decoder={relative}/gpt2"]
+    train_parts(parts, out, *frozen)
+    saved = torch.load(out / "best.pt", weights_only=True)["options"]
+    assert saved["encoder"] == str(tmp_path / "hf/vit")
+    assert saved["decoder"] == str(tmp_path / "hf/gpt2")
+    monkeypatch.chdir(tmp_path)
+    write_caption(load(out, "cpu", dtype="float32"), parts)
+    monkeypatch.chdir(HERE)
+    train_parts(parts, out, *frozen, "--init_from=resume", "--max_iters=2")
+
+    for part, name in (("vit", "vit.layernorm.bias"), ("gpt2", "transformer.ln_f.bias")):
+        path = tmp_path / "hf" / part / "model.safetensors"
+        before = path.read_bytes()
+
+        def change(tensors):
+            tensors[name][3] += 1e-4
+            return tensors
+
+        rewrite(path.parent, change)
+        kind = "encoder" if part == "vit" else "decoder"
+        message = f"the {kind}'s weights in {path.parent} are not those"
+        done = run("sample.py", "--image", parts / "images/0.png", "--out_dir", out, check=False)
+        one_line_error(done, 2, message)
+        done = train_parts(parts, out, *frozen, "--init_from=resume", "--max_iters=3", check=False)
+        one_line_error(done, 2, message)
+        path.write_bytes(before)
+    write_caption(load(out, "cpu", dtype="float32"), parts)
+
+    # as before there were hashes
+    old = torch.load(out / "best.pt", weights_only=True)
+    del old["source_hashes"]
+    torch.save(old, tmp_path / "old.pt")
+    write_caption(load(tmp_path / "old.pt", "cpu", dtype="float32"), parts)
+    shutil.rmtree(tmp_path / "hf/vit")
+    done = run("sample.py", "--image", parts / "images/0.png", "--out_dir", out, check=False)
+    one_line_error(done, 2, f"no folder {tmp_path / 'hf/vit'}")
+
+
+@pytest.mark.parametrize("more_rows", [1, 26])
+def test_a_decoder_with_spare_rows(parts, tmp_path, more_rows):
+    """Of a [PAD] token, or up to a multiple of 64: prepared with its tokenizer, it trains."""
+    shutil.copytree(parts / "gpt2", tmp_path / "gpt2")
+    tokenizer = json.loads((tmp_path / "gpt2/tokenizer.json").read_text())
+    # GPT-2's own order: the special token last
+    names = [name for name in tokenizer["model"]["vocab"] if name != "<|endoftext|>"]
+    names = [name for name in names if name != ">>TITLE<<"]
+    n = len(names)
+    tokenizer["model"]["vocab"] = {name: i for i, name in enumerate([*names, "<|endoftext|>"])}
+    eot, pad = (dict(tokenizer["added_tokens"][1], id=n + i) for i in range(2))
+    tokenizer["added_tokens"] = [eot, dict(pad, content="[PAD]")]
+    (tmp_path / "gpt2/tokenizer.json").write_text(json.dumps(tokenizer))
+    small_decoder("gpt2", n + 1 + more_rows).save_pretrained(tmp_path / "gpt2")
+    data = tmp_path / "data"
+    run("prepare_flickr.py", "--images", parts / "images", "--captions", parts / "captions.csv",
+        "--split_files", parts / "train.txt", parts / "val.txt", "--image_size", 32,
+        "--tokenizer", tmp_path / "gpt2", "--out_dir", data)
+    done = train_parts(parts, tmp_path / "out", f"--decoder={tmp_path / 'gpt2'}",
+                       f"--data_dir={data}", "--max_iters=1", "--eval_interval=1", check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    model = load(tmp_path / "out", "cpu", dtype="float32").model
+    assert model.wte.weight.shape == (n + 1, 32)
+    # a tokenizer of our own is still not the decoder's
+    run("prepare_flickr.py", "--images", parts / "images", "--captions", parts / "captions.csv",
+        "--split_files", parts / "train.txt", parts / "val.txt", "--image_size", 32,
+        "--vocab_size", n + 1, "--out_dir", tmp_path / "bpe")
+    done = train_parts(parts, tmp_path / "bpe-out", f"--decoder={tmp_path / 'gpt2'}",
+                       f"--data_dir={tmp_path / 'bpe'}", check=False)
+    one_line_error(done, 2, "prepare the data with --tokenizer")
+
+
 @pytest.mark.parametrize("config, encoder, data", [
     ("gpt2_vit", "vit", "data"),
     ("gpt2_clip", "clip", "data"),
@@ -586,6 +758,45 @@ def test_download_from_a_hub(parts, mirror, tmp_path, monkeypatch):  # noqa: F81
     assert read_tokenizer("someone/gpt") == read_hub_tokenizer(path)
 
 
+def older_files(path, folder):
+    """Writes vocab.json and merges.txt with what tokenizer.json has."""
+    model = json.loads(path.read_text())["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+
+
+def test_vocab_and_merges_are_a_tokenizer(parts, mirror, tmp_path, monkeypatch):  # noqa: F811
+    hub_tokenizer(tmp_path, "gpt2")
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"].pop(">>TITLE<<")
+    data["added_tokens"] = data["added_tokens"][1:]
+    path.write_text(json.dumps(data))
+    expected = read_tokenizer(str(tmp_path))
+    older_files(path, tmp_path)
+    path.unlink()
+    try:
+        found = read_tokenizer(str(tmp_path))
+    except UserError as error:
+        found = str(error)
+    assert found == expected
+    # on a mirror of the hub, which HF_ENDPOINT names
+    for name in ("vocab.json", "merges.txt"):
+        mirror.files[f"/someone/old-gpt/resolve/main/{name}"] = (tmp_path / name).read_bytes()
+    code = ("import sys; from nanocaption import download, tokenizer; "
+            "download.WEIGHTS = sys.argv[1]; print(tokenizer.read_tokenizer('someone/old-gpt'))")
+    environment = {**os.environ, "HF_ENDPOINT": f"{mirror.url}/", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "weights"], cwd=HERE, text=True,
+                          capture_output=True, timeout=120, env=environment)
+    assert done.stdout == f"{expected}\n", done.stderr
+    # CLIP's words end in </w>
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocab, "dog</w>": 5000}))
+    with pytest.raises(UserError, match="words end in </w>"):
+        read_tokenizer(str(tmp_path))
+
+
 # -----------------------------------------------------------------------------
 # files
 
@@ -626,7 +837,7 @@ F32 = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
     (header({"a": F32}, length=10**12), "header of 1,000,000,000,000 bytes"),
     (header(b"{nope"), "header is not JSON"),
     (header([]), "header is not a JSON object"),
-    (header({"a": {**F32, "dtype": "F99"}}), "unknown dtype 'F99'"),
+    (header({"a": {**F32, "dtype": "F99"}}), "unsupported dtype 'F99'"),
     (header({"a": {**F32, "data_offsets": [0, 12]}}), "12 bytes for"),
     (header({"a": {**F32, "data_offsets": [-8, 0]}}), "offsets"),
     (header({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}),
@@ -645,6 +856,29 @@ def test_a_damaged_safetensors_is_one_line(tmp_path, data, message):
         read_safetensors(path)
     assert "\n" not in str(error.value)
     assert "x.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "U32"])
+def test_an_unsupported_dtype_is_not_damage(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header({"a": dict(dtype=dtype, shape=[8], data_offsets=[0, 8])}, b"\0" * 8))
+    with pytest.raises(UserError, match=f"x.safetensors: a has the unsupported dtype '{dtype}'"):
+        read_safetensors(path)
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path):
+    small_encoder("vit").save_pretrained(tmp_path)
+    name = "vit.layernorm.weight"
+    rewrite(tmp_path, lambda tensors: {**tensors, name: tensors[name].to(torch.int8)})
+    assert "norm.weight has the unsupported dtype torch.int8" in refused(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n")
+    for read in (read_safetensors, read_pickle, read_checkpoint, read_hub_tokenizer):
+        with pytest.raises(UserError, match="x.bin is only a git-lfs pointer"):
+            read(path)
 
 
 @pytest.mark.parametrize("change, message", [
