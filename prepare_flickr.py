@@ -15,7 +15,7 @@ import unicodedata
 from collections import Counter, defaultdict
 
 from nanocaption import download
-from nanocaption.captions import match_names, read_captions
+from nanocaption.captions import match_names, read_captions, read_text
 from nanocaption.cli import Parser, UserError, atomic_write, check_ranges, lock_folder, run
 from nanocaption.dataset import SPLITS, Dataset, clear_dataset, dataset_files, write_texts
 from nanocaption.images import has_image_extension, list_folder, list_images, stem, write_images
@@ -139,11 +139,7 @@ def read_split_files(files, names):
     unknown = []
     lists = dict(zip(SPLITS, files))
     for split, path in lists.items():
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                ids = [line.strip() for line in file if line.strip()]
-        except (FileNotFoundError, UnicodeDecodeError) as error:
-            raise UserError(f"--split_files {path}: {error}") from None
+        ids = [line.strip() for line in read_text(path).split("\n") if line.strip()]
         ids = list(dict.fromkeys(ids))  # without duplicates
         found = match_names(ids, names)
         unknown += [f"{path}: {id}" for id in ids if id not in found]
@@ -250,11 +246,14 @@ def convert(args, source):
     entries = list_images(args.images)
     texts, split_of = captions_by_path(captions, splits, entries, args.images, skipped)
     images = group_by_split(texts, split_of)
-    write_skipped(out_dir, skipped)
-    if not captions:
-        reason = f"; the first problem: {skipped[0][1]}" if skipped else ""
-        raise UserError(f"no captions in {', '.join(args.captions)}{reason}")
+    if not captions and skipped:
+        write_skipped(out_dir, skipped)
+        raise UserError(
+            f"nothing to train on: no usable captions, beginning with {skipped[0][1]}; "
+            f"see {out_dir}/skipped.txt"
+        )
     if "train" not in images:
+        write_skipped(out_dir, skipped)
         raise UserError(
             f"nothing to train on: {len(captions):,} names in the captions (such as "
             f"{next(iter(captions), '')}) and {len(entries):,} files in {args.images} (such as "

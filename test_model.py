@@ -463,7 +463,7 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 @pytest.mark.parametrize("wrong, message", [
     (dict(bridge="bridge"), "cross, prefix or both"),
     (dict(image_size=20), "multiple"),
-    (dict(n_head=5), "n_head"),
+    (dict(n_head=5), "number of heads, 5"),
     (dict(bridge="prefix", block_size=4), "no room"),
     (dict(local_conv=True, encoder_family="vit"), "local_conv works only"),
     (dict(dropout=1.0), "dropout"),

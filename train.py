@@ -377,9 +377,19 @@ def lr_multiplier(step, progress, options):
 
 
 def compile_parts(options, *models):
-    """torch.compile, if asked for, of all but the output head: it computes its own gradient."""
+    """
+    torch.compile, if asked for, of all but the output head: it computes its own gradient. Raises
+    UserError if it does not work here.
+    """
     if not options.compile:
         return
+    try:
+        torch.compile(lambda x: x + 1)(models[0].mean)
+    except Exception as error:  # of many kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise UserError("torch.compile, which --compile asks for, needs a working C++ compiler "
+                        f"(g++, clang or MSVC); install one, or use --compile=False ({reason})"
+                        ) from None
     for model in models:
         model.encode = torch.compile(model.encode)
         model.decode = torch.compile(model.decode)

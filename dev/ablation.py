@@ -76,7 +76,7 @@ def read_results():
     """The finished runs, a list of dicts."""
     if not RESULTS.exists():
         return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
 def run_script(*command):
@@ -98,7 +98,7 @@ def measure(name, seed, minutes):
     printed = run_script("evaluate.py", "--out_dir", "out/ablation", "--data_dir", "data/flickr8k",
                          "--json")
     scores = json.loads(printed)
-    log = (ROOT / "out/ablation/log.jsonl").read_text().splitlines()
+    log = (ROOT / "out/ablation/log.jsonl").read_text(encoding="utf-8").splitlines()
     steps = json.loads(log[-1])["iter"]
     machine = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     result = dict(name=name, seed=seed, minutes=minutes, machine=machine, steps=steps)
@@ -154,7 +154,7 @@ def main():
             if (name, seed, args.minutes) in done:
                 continue
             results.append(measure(name, seed, args.minutes))
-            with RESULTS.open("a") as file:
+            with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
             write_table(results, args.minutes)
     write_table(results, args.minutes)

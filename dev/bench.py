@@ -109,12 +109,12 @@ def anonymous_memory(pid):
     """
     total = 0
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         found = re.search(r"RssAnon:\s+(\d+)", status)
         if found:
             total += int(found[1]) / 1024
         for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
+            for child in (task / "children").read_text(encoding="utf-8").split():
                 total += anonymous_memory(child)
     except OSError:
         pass
@@ -463,7 +463,8 @@ def time_training(options, data, device, rounds):
         device=device.type, max_iters=0, max_minutes=1e6, log_interval=RUN_STEPS,
         eval_interval=10**9)
     config = Path(f"{changed.out_dir}.py")
-    config.write_text("".join(f"{key} = {value!r}\n" for key, value in asdict(changed).items()))
+    lines = [f"{key} = {value!r}\n" for key, value in asdict(changed).items()]
+    config.write_text("".join(lines), encoding="utf-8")
     times = []
     command = [sys.executable, ROOT / "train.py", config]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -628,7 +629,7 @@ def link_photos(folder, photos, n):
     for i, caption in enumerate(draw_captions(n)):
         os.link(photos[i % len(photos)], images / f"{i}.jpg")
         lines.append(f"{i}.jpg,{caption}\n")
-    (folder / f"captions{n}.csv").write_text("".join(lines))
+    (folder / f"captions{n}.csv").write_text("".join(lines), encoding="utf-8")
 
 
 def run_prepare(folder, n, memory):

@@ -1,4 +1,5 @@
 """Reads caption files in the formats of Flickr8k, Flickr30k, COCO and others."""
+import ast
 import contextlib
 import csv
 import json
@@ -18,9 +19,29 @@ TOKEN_LINE = re.compile(r"([^\t]*\S)#\d+\t(.*)")
 # lacks its second bar.
 BAR_HEADER = "image_name|comment_number|comment"
 BAR_LINE = re.compile(r"\s*([^|]*[^|\s])\s*\|\s*\d+(?:\s*\||\s)(.*)")
-# names of CSV columns and of fields in JSON records
+# names of CSV columns and JSON keys
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "comment", "raw", "text")
+# a text that is a list of captions in Python, JSON or NumPy, and what seems to be one
+ITEM = r"""u?(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
+LIST = re.compile(rf"\s*[\[(]\s*(?:{ITEM}(?:[\s,]+{ITEM})*[\s,]*)?[\])]\s*", re.DOTALL)
+LIKE_A_LIST = re.compile(r"""\s*[\[(]\s*u?["'].*(?:["']|None|null|nan)\s*[\])]\s*""", re.DOTALL)
+# how files begin that are not UTF-8 text, and what they are
+NO_TEXT = {
+    rb"PK\x03\x04.*xl/workbook|\xd0\xcf\x11\xe0": "an Excel workbook; save it as CSV UTF-8",
+    rb"PK\x03\x04": "a zip archive; unpack it",
+    rb"\x1f\x8b": "compressed with gzip; unpack it",
+    rb"BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf": "compressed; unpack it",
+    rb"PAR1": "a Parquet file; convert it with "
+              "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)",
+    rb"\xff\xfe\0\0|\0\0\xfe\xff": "UTF-32; convert it with iconv -f UTF-32 -t UTF-8",
+    rb"\xff\xfe|\xfe\xff": "UTF-16, which Excel calls Unicode text; convert it with "
+                          "iconv -f UTF-16 -t UTF-8",
+    rb"[^\0]\0": "UTF-16; convert it with iconv -f UTF-16LE -t UTF-8",
+    rb"\0[^\0]": "UTF-16; convert it with iconv -f UTF-16BE -t UTF-8",
+}
+# what captions in Western European languages have beyond ASCII
+WESTERN = set("àáâãäåæçèéêëíîïñóôõöøùúûüœßÀÁÄÅÇÈÉÊÑÖØÜ‘’“”«»–—…•·°ºª²³½¼¾×©®™€£¡¿´")
 
 
 def read_captions(path, skipped=None):
@@ -29,7 +50,8 @@ def read_captions(path, skipped=None):
     (.token), CSV with a header (Kaggle's captions.txt and results.csv, nlphuji's), JSON
     (Karpathy's, COCO's captions_*.json, {name: [captions]}, lists of records) or JSON lines with a
     record each, such as {"image", "captions"[, "split"]} (ours), {"image", "caption"} (BLIP's) or
-    {"file_name", "text"} (Hugging Face's metadata.jsonl).
+    {"file_name", "text"} (Hugging Face's metadata.jsonl). A text may be a list of captions, written
+    as in Python or JSON.
 
     Returns [(image file name, caption, split or None)] in the file's order; an empty caption is "".
     Malformed lines are described in the list `skipped`; without that list they raise UserError.
@@ -37,10 +59,13 @@ def read_captions(path, skipped=None):
     captions = []
     for where, raw, name, texts, split in read_rows(path):
         if isinstance(texts, str):
-            texts = [texts]
-        lack = what_is_missing(name, texts)
-        if lack:
-            message = f"{path}, {where}: not an image name with captions ({lack}): {str(raw)[:80]}"
+            texts = split_list(texts)
+        missing = find_missing(name, texts)
+        if missing:
+            # a line that is malformed as a whole
+            if isinstance(raw, str) and name is None and texts is None:
+                missing = "not an image name with captions"
+            message = f"{path}, {where}: {missing}: {str(raw)[:80]}"
             if skipped is None:
                 raise UserError(message)
             skipped.append(message)
@@ -57,13 +82,26 @@ def read_captions(path, skipped=None):
     return captions
 
 
-def what_is_missing(name, texts):
-    """What a row lacks, of an image name and a list of captions; "" if it has both."""
+def split_list(text):
+    """The captions in a text: its items if it is a list, None if it seems to be a damaged one."""
+    if not LIST.fullmatch(text):
+        return None if LIKE_A_LIST.fullmatch(text) else [text]
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    try:
+        return [ast.literal_eval(item) for item in re.findall(ITEM, text, re.DOTALL)]
+    except (SyntaxError, ValueError):
+        return None
+
+
+def find_missing(name, texts):
+    """What a row lacks, an image name or a list of captions or both; "" for nothing."""
+    missing = []
     if not isinstance(name, str) or not name.strip():
-        return f"no {', '.join(IMAGE_COLUMNS)}"
+        missing.append(f"no image name ({', '.join(IMAGE_COLUMNS)})")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return f"no text in {', '.join(CAPTION_COLUMNS)}"
-    return ""
+        missing.append(f"no text as caption ({', '.join(CAPTION_COLUMNS)})")
+    return " and ".join(missing)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -96,14 +134,36 @@ def read_text(path):
     """The text of a UTF-8 file, with or without a byte order mark."""
     try:
         with open(path, "rb") as file:
-            return file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: not UTF-8; convert it with iconv -f LATIN1 -t UTF-8"
-        ) from None
+            data = file.read()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: {error.strerror.lower()}, expected a caption file") from None
+        raise UserError(f"{path}: {error.strerror.lower()}, expected a text file") from None
+    for beginning, kind in NO_TEXT.items():
+        if re.match(beginning, data, re.DOTALL):
+            raise UserError(f"{path} is {kind}")
+    if b"\0" in data:
+        raise UserError(f"{path} is not a text file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: {explain_bytes(data)}") from None
+
+
+def explain_bytes(data):
+    """What is wrong with a text that is not UTF-8, and what to do about it."""
+    text = data.decode("utf-8", "replace")
+    n_bad = text.count("\ufffd")
+    if len(re.sub(r"[\0-\x7f\ufffd]+", "", text)) > n_bad:
+        return "a damaged character in UTF-8 text; correct or remove it"
+    # in Western languages, characters beyond ASCII stand alone
+    high = re.findall(rb"[\x80-\xff]+", data)
+    n_high = sum(map(len, high))
+    for encoding in ("WINDOWS-1252", "MACINTOSH"):
+        characters = b"".join(high).decode(encoding, "replace")
+        if sum(c in WESTERN for c in characters) > 0.9 * n_high and n_high < 2 * len(high):
+            return f"not UTF-8 but {encoding}; convert it with iconv -f {encoding} -t UTF-8"
+    return ("not UTF-8; convert it with iconv -f ENCODING -t UTF-8, where ENCODING is what it was "
+            "saved in, such as GB18030, SHIFT_JIS or WINDOWS-1251")
 
 
 def line_rows(pattern, filled):
@@ -115,13 +175,19 @@ def line_rows(pattern, filled):
 
 
 def csv_rows(path, lines):
-    """CSV (RFC 4180) with columns for the image, the caption (`raw`: a JSON list) and the split."""
+    """
+    CSV (RFC 4180) with columns for the image, the caption and the split. Excel separates them with
+    tabs or semicolons, too.
+    """
     header = None
+    delimiter = ","
     number = 0
     while number < len(lines):
         line = lines[number]
         where = f"line {number + 1}"
-        row, count = parse_csv(lines[number:number + 20])
+        if header is None:
+            delimiter = max(",;\t", key=line.count)
+        row, count = parse_csv(lines[number:number + 20], delimiter)
         number += count
         if row == []:
             continue
@@ -139,15 +205,11 @@ def csv_rows(path, lines):
             yield where, line, None, None, None
         else:
             record = dict(zip(header, row))
-            captions = record[caption_column]
-            if caption_column == "raw":
-                with contextlib.suppress(ValueError, RecursionError):
-                    captions = json.loads(captions)
             split = record.get("split", "").strip() or None
-            yield where, line, record[image_column], captions, split
+            yield where, line, record[image_column], record[caption_column], split
 
 
-def parse_csv(lines):
+def parse_csv(lines, delimiter):
     """
     The first row of some lines, and the number of lines it takes up; (None, 1) if there is none.
 
@@ -156,7 +218,7 @@ def parse_csv(lines):
     """
     for count in range(1, len(lines) + 1):
         with contextlib.suppress(csv.Error):
-            row = next(csv.reader(["\n".join(lines[:count])], strict=True), [])
+            row = next(csv.reader(["\n".join(lines[:count])], delimiter=delimiter, strict=True), [])
             return row, count
     return None, 1
 

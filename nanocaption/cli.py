@@ -34,8 +34,17 @@ def escape(match):
     return repr(match[0])[1:-1]
 
 
+def expand_user(text):
+    """Replaces ~ by the home folder at the beginning of a path, --NAME=PATH or SPLIT=PATH."""
+    prefix, path = re.fullmatch(r"((?:[\w-]+=)*)(.*)", text, re.DOTALL).groups()
+    return prefix + os.path.expanduser(path)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations. Errors are one line and suggest the closest option."""
+    """
+    argparse without abbreviations, with ~ for the home folder. Errors are one line and suggest the
+    closest option.
+    """
 
     def __init__(self, **options):
         super().__init__(
@@ -43,6 +52,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+
+    def parse_args(self, args=None, namespace=None):
+        """Like argparse's. The shell expands neither --out_dir=~/x nor what is quoted."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([expand_user(text) for text in args], namespace)
 
     def error(self, message):
         """Prints the error and exits with code 2."""
@@ -149,7 +163,7 @@ def lock_folder(folder):
     Reserves folder for this process until the returned file is closed, and deletes partial files
     that killed processes left there. Raises UserError if another process is using the folder.
     """
-    file = open(f"{folder}/.lock", "w")
+    file = open(f"{folder}/.lock", "wb")
     try:
         lock_file(file, wait=False)
     except BlockingIOError:

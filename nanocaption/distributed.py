@@ -1,34 +1,62 @@
 """torchrun: rank, world size and device of this process, and what all ranks have to agree on."""
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
 
 from nanocaption.cli import UserError
 
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def read_ranks():
+    """
+    Rank and world size from the environment variables that torchrun sets, or another launcher such
+    as Slurm's; 0 and 1 without them. Raises UserError if they are incomplete or make no sense.
+    """
+    environment = {name: os.environ.get(name, "") for name in VARIABLES}
+    rank = environment["RANK"] or "0"
+    world = environment["WORLD_SIZE"] or "1"
+    if not rank.isdecimal() or not world.isdecimal() or int(rank) >= int(world):
+        raise UserError(f"RANK is {rank!r} and WORLD_SIZE is {world!r} in the environment; start "
+                        "train.py with torchrun, or unset them")
+    missing = [name for name, value in environment.items() if not value]
+    if int(world) > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {world} in the environment, but {', '.join(missing)} is "
+                        "missing; start train.py with torchrun, or set it for each rank")
+    return int(rank), int(world)
+
 
 def init_distributed(device, options):
     """
     Returns rank, world size and the device of this rank: 0, 1 and device without torchrun. Raises
-    UserError if options.batch_size cannot be split evenly.
+    UserError if options.batch_size cannot be split evenly or the ranks don't find each other.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = read_ranks()
     if options.batch_size % (world * options.grad_accum):
         raise UserError(f"batch_size {options.batch_size} is not divisible by {world} ranks x "
                         f"{options.grad_accum} micro-steps")
     if world == 1:
         return rank, world, device
     if device.type == "cuda":
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         n_gpu = torch.cuda.device_count()
+        # without torchrun, ranks are usually numbered machine by machine
+        local_rank = int(os.environ.get("LOCAL_RANK", rank % n_gpu))
         if local_rank >= n_gpu:
             raise UserError(f"each process needs a GPU of its own, but this machine has {n_gpu}; "
                             f"use --nproc_per_node={n_gpu}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # of 1 x 1 and depthwise convolutions, whose strides are ambiguous; the gradient is right
+    warnings.filterwarnings("ignore", "Grad strides do not match")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    except (ValueError, dist.DistError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"rank {rank} does not reach the others at {where} (MASTER_ADDR and "
+                        f"MASTER_PORT): {error}") from None
     return rank, world, device
 
 

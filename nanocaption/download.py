@@ -126,7 +126,7 @@ def download(url, path, token=None):
     the original URL, because redirects may expire. Raises OSError after TRIES attempts in a row
     without progress, or at once for an HTTP status that a retry won't change.
     """
-    with open(f"{path}.lock", "w") as file:
+    with open(f"{path}.lock", "wb") as file:
         # if several processes want the file, one downloads it
         lock_file(file, wait=True)
         if not os.path.exists(path):

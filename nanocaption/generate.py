@@ -83,15 +83,16 @@ def describe_caption(captioner, ids, logprob):
 
 def caption(captioner, image, attention=False, **options):
     """
-    The caption, a str, of an image: a path, an http(s) URL, bytes or a binary file; for a list of
-    images, a list. With num_samples=k, k captions of each. With attention, (caption, [(word, where
-    it looked), ...]) instead of the caption. options: see caption_images.
+    The caption, a str, of an image: a path, an http(s) URL, bytes, a binary file, a PIL.Image or an
+    array (H, W, 3), uint8 or float in 0..1; for a list of images or an array (N, H, W, 3), a list.
+    With num_samples=k, k captions of each. With attention, (caption, [(word, where it looked),
+    ...]) instead of the caption. options: see caption_images.
 
     Raises UserError, a ValueError, for anything that is not an image.
     """
-    several = isinstance(image, (list, tuple))
+    several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
     sources = image if several else [image]
-    if not sources:
+    if not len(sources):
         return []
     images = np.stack([load_image(source, captioner.image_size) for source in sources])
     texts = []

@@ -94,9 +94,9 @@ def load_image(source, size):
     An image as the model sees it: upright, RGB, transparency on white, squashed (never cropped) to
     a square. Returns uint8 (size, size, 3).
 
-    source: a path, an http(s) URL, the bytes of a file or an open binary file. Raises UserError,
-    which names the source, if it is not a readable image. Prints a note on stderr if the end of a
-    JPEG is missing.
+    source: a path, an http(s) URL, the bytes of a file, an open binary file, a PIL.Image or an
+    array (see from_array). Raises UserError, which names the source, if it is not a readable image.
+    Prints a note on stderr if the end of a JPEG is missing.
     """
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else getattr(source, "name", "image")
@@ -106,6 +106,11 @@ def load_image(source, size):
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     try:
+        if isinstance(source, np.ndarray):
+            source = from_array(source)
+        if isinstance(source, Image.Image):
+            # a copy, because to_array may make it smaller
+            return to_array(source.copy(), size)
         if is_path and os.path.exists(source) and not os.path.isfile(source):
             # a named pipe would block forever
             raise ValueError("a folder or a device, not a file")
@@ -163,6 +168,20 @@ def without_metadata(data):
             kept.append(chunk)
         start = end
     return b"".join(kept)
+
+
+def from_array(array):
+    """An array (H, W) or (H, W, 1, 3 or 4), uint8 or float in 0..1, -> a PIL.Image."""
+    is_float = array.dtype.kind == "f" and array.size and 0 <= array.min() <= array.max() <= 1
+    has_channels = array.ndim == 3 and array.shape[2] in (1, 3, 4)
+    if not (array.ndim == 2 or has_channels) or not (array.dtype == np.uint8 or is_float):
+        raise ValueError(f"an array {array.dtype} {array.shape}; expected (H, W), (H, W, 3) or "
+                         "(H, W, 4), of uint8 or of floats from 0 to 1")
+    if is_float:
+        array = (array * 255).round().astype(np.uint8)
+    if array.shape[2:] == (1,):
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def to_array(image, size):

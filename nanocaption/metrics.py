@@ -28,10 +28,33 @@ ABBREVIATIONS = """
 CAPITAL = "Miss Ark Del Ill La Mass Ore Pa Tex Wash"
 NUMBERED = "no nos pp fig figs op art ca"
 
-A = "['’]"        # an apostrophe
-L = r"[^\W\d_]"   # a letter
-W = r"[^\W_]"     # a letter or digit
-THING = rf"(?:(?:[dlo]{A}{L}|\d+(?:[.,:]\d+)+(?=-{L})){W}*|{W}+)"
+# punctuation and symbols that are words of their own
+SYMBOLS = (
+    r"!-/:-@\[-`{-~\xa1-\xa9\xac\xae-\xb4\xb6-\xb9\xbc-\xbf\xd7\xf7\u037e\u0387\u0589\u05be\u05c0"
+    r"\u05c3\u05c6\u05f3-\u0603\u0606-\u060c\u0614\u061b\u061e-\u061f\u066a\u066d\u06d4"
+    r"\u0700-\u070d\u07f6-\u07f8\u0964-\u0965\u0e3f\u0e4f\u1fbd\u2016-\u2017\u2019\u201a"
+    r"\u201e-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070\u2074-\u207e\u2080-\u208e\u20a0"
+    r"\u20a4\u20ac\u2100-\u2101\u2103-\u2106\u2108-\u2109\u2114\u2116-\u2118\u211e-\u2123\u2125"
+    r"\u2127\u2129\u212e\u213a-\u213b\u2140-\u2144\u214a-\u214d\u214f\u2153-\u215e\u2190-\u2bff"
+    r"\u3001-\u3002\u3012\u30fb\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uffe0-\uffe1"
+    r"\uffe5-\uffe6"
+)
+# marks that belong to the word around them, such as accents and vowel signs
+MARKS = (
+    r"\u02c2-\u0379\u0384-\u0385\u03f6\u0483-\u0487\u055a-\u055f\u058a\u0591-\u05bd\u05bf"
+    r"\u05c1-\u05c2\u05c4-\u05c5\u05c7\u0615-\u061a\u064b-\u065e\u0670\u06d6-\u06fe\u070f-\u07f3"
+    r"\u0900-\u0903\u093c-\u094e\u0951-\u0955\u0962-\u0963\u0981-\u09e3\u0a01-\u0a4f\u0a81-\u0acf"
+    r"\u0b82-\u0bcd\u0c01-\u0c03\u0c3e-\u0c56\u0d3e-\u0d48\u0e31-\u0e3a\u0e47-\u0e4e\u0eb1-\u0ecd"
+    r"\u1885-\u1886\u2010-\u2011"
+)
+# what Stanford's tokenizer does not know, such as emoji; it ends a word and is dropped
+UNKNOWN = re.compile(rf"[^\w\s{SYMBOLS}{MARKS}]|[\U00010000-\U0010ffff]")
+
+A = "['’]"                 # an apostrophe
+L = rf"[^\s\d{SYMBOLS}]"   # a letter or mark
+W = rf"[^\s{SYMBOLS}]"     # a letter, mark or digit
+P = rf"[^\W{SYMBOLS}]"     # a letter or digit
+THING = rf"(?:(?:[dlo]{A}{L}|\d+(?:[.,:]\d+)+(?=-{L})){P}*|{P}+)"
 END = rf"(?!{W}|-{W}|{A}{L})"
 
 
@@ -59,13 +82,13 @@ TOKEN = re.compile(rf"""
   | (?-i:[A-Z]+(?:[&+][A-Z]+)+) | c\+\+ | [cf]\#                                 # AT&T
   | (?:us|[ac])\$ | [-+]?\d*+(?:[.,:]\d++)++(?!-{L})                             # US$, 1,000.50
   | {L}{W}*(?:[.!?]{L}{W}*)+(?:-{THING})*                                        # ran.the
-  | {THING}(?:[-_]{THING})*(?:/{W}+(?:[-_]{THING})*){{,2}}                       # t-shirt, 1/2
-  | [-+]\d+ | \.\.+ | --+ | [!?]{{2,}} | \*+ | _+ | \#+ | `` | '' | \S
+  | {THING}(?:{W}+|(?:[-_]{THING})*(?:(?<=[a-z\d])/[a-z\d]+(?:[-_]{THING})*){{,2}})  # t-shirt, 1/2
+  | {W}+ | [-+]\d+ | \.\.+ | --+ | [!?]{{2,}} | \*+ | _+ | \#+ | `` | '' | \S
     """, re.VERBOSE | re.IGNORECASE)
 REWRITE = {
     "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'",
-    "“": '"', "”": '"', "‘": "`", "–": "--", "—": "--", "‒": "--", "…": "...",
-    "¢": " cents ", "£": "#", "€": "$", "\u00ad": "",
+    "“": '"', "”": '"', "‘": "`", "–": "--", "—": "--", "‒": "--", "…": " ... ",
+    "¢": " cents ", "£": " # ", "€": "$", "\u00ad": "",
     "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "⅓": " 1/3 ", "⅔": " 2/3 ",
 }
 REWRITE_PATTERN = re.compile("|".join(REWRITE))
@@ -80,17 +103,17 @@ def tokenize(text):
     """
     A text -> its words, lowercase and without punctuation, as pycocoevalcap 1.2's PTBTokenizer
     splits it (Stanford's, with -lowerCase): "isn't" is "is", "n't". Brackets remain, as "-lrb-":
-    pycocoevalcap means to drop them but looks for "-LRB-". The rules were found by comparing
-    outputs; rare ones (telephone numbers, ftp://) are missing.
+    pycocoevalcap means to drop them but looks for "-LRB-". Words with combining marks stay whole,
+    except in scripts that Stanford's splits too (Kannada, Malayalam, Khmer, ...). The rules were
+    found by comparing outputs; rare ones (telephone numbers, ftp://) are missing.
     """
     text = REWRITE_PATTERN.sub(rewrite, text)
+    if not text.isascii():
+        text = UNKNOWN.sub(" ", text)
     words = []
     for word in TOKEN.findall(text):
         word = word.lower()
         if word in PUNCTUATION or word.startswith(("--", "...")):
-            continue
-        # emoji
-        if word > "\U00010000":
             continue
         if word.startswith(("’", "n’t")):
             word = word.replace("’", "'")

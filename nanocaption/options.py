@@ -5,7 +5,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from nanocaption.cli import Parser, UserError
+from nanocaption.cli import Parser, UserError, expand_user
 
 
 def parse_options(cls, argv, description):
@@ -52,7 +52,8 @@ def read_config_file(path):
     """Runs a Python file; returns the names it sets, except modules and names that begin with _."""
     names = {}
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        # bytes, which are UTF-8 to Python, with or without a byte order mark
+        source = Path(path).read_bytes()
         exec(compile(source, path, "exec"), names)
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from None
@@ -75,7 +76,7 @@ def set_option(options, name, value, source):
     wanted = types[name]
     converted = value
     if isinstance(value, str):
-        converted = from_text(value, wanted)
+        converted = from_text(expand_user(value), wanted)
     elif wanted is float and type(value) is int:
         converted = float(value)
     if type(converted) is not wanted:

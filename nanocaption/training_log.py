@@ -57,7 +57,7 @@ def log_start(options, state, model, train, val, device, world, reason):
 def log(out_dir, step, text, **record):
     """Prints a text and appends the numbers behind it to the log."""
     print(text, flush=True)
-    with open(Path(out_dir, "log.jsonl"), "a") as file:
+    with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(dict(iter=step, **record)) + "\n")
 
 

@@ -114,7 +114,8 @@ def one_line_error(done, code, *parts):
 
 def write_config(path, options):
     """A config file for train.py."""
-    path.write_text("".join(f"{name} = {value!r}\n" for name, value in options.items()))
+    lines = [f"{name} = {value!r}\n" for name, value in options.items()]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

@@ -1,5 +1,9 @@
 """Tests of nanocaption/captions.py: all formats, malformed lines, unusable files."""
+import gzip
+import io
 import json
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,7 +35,7 @@ SPLIT = {"1.jpg": "train", "2_x.jpg": "restval", "3.jpg": "val"}
 
 def quote(field):
     """A CSV field as RFC 4180 wants it."""
-    if '"' in field or "," in field:
+    if any(character in field for character in '",\n'):
         return '"' + field.replace('"', '""') + '"'
     return field
 
@@ -170,6 +174,142 @@ def test_a_quoted_caption_may_contain_line_ends(tmp_path):
     assert read_captions(tmp_path / "c.csv") == expected
 
 
+def captions_or_error(path):
+    """What read_captions returns, or the text of its error."""
+    try:
+        return read_captions(path)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("header", ["image,caption", "image,captions", "filename,raw",
+                                    "file_name,text", "image_name,comment"])
+@pytest.mark.parametrize("cell, texts", [
+    ("['A dog runs .', 'A cat sits .']", ["A dog runs .", "A cat sits ."]),
+    ('["A dog runs .", "A cat \\u00e9 \\ud83d\\ude00 ."]', ["A dog runs .", "A cat é 😀 ."]),
+    # as Python writes apostrophes, NumPy lists, and an older Python texts
+    ("""["A man's dog .", 'a "b" , [c]', ]""", ["A man's dog .", 'a "b" , [c]']),
+    ("['A dog runs .'\n 'A cat sits .']", ["A dog runs .", "A cat sits ."]),
+    ("[u'A dog .', u'caf\\xe9']", ["A dog .", "café"]),
+    ("('A dog .', 'A cat .')", ["A dog .", "A cat ."]),
+    ("[]", []),
+    # no lists
+    ('["A" is on the sign]', ['["A" is on the sign]']),
+    ("[laughing] children", ["[laughing] children"]),
+    ("'A dog .', 'A cat .'", ["'A dog .', 'A cat .'"]),
+])
+def test_a_list_in_a_cell_is_several_captions(tmp_path, header, cell, texts):
+    text = f"{header}\n{csv_line('1.jpg', cell)}\n2.jpg,A bird .\n"
+    (tmp_path / "c.csv").write_text(text, encoding="utf-8")
+    expected = [("1.jpg", text, None) for text in texts] + [("2.jpg", "A bird .", None)]
+    assert captions_or_error(tmp_path / "c.csv") == expected
+
+
+@pytest.mark.parametrize("cell", ["['A man's dog .', 'A cat .']", "['A dog .', nan]", '["a", null]',
+                                  "['a' ... 'z']"])
+def test_a_damaged_list_is_no_caption(tmp_path, cell):
+    (tmp_path / "c.csv").write_text(f"image,caption\n{csv_line('1.jpg', cell)}\n2.jpg,A bird .\n")
+    skipped = []
+    assert read_captions(tmp_path / "c.csv", skipped) == [("2.jpg", "A bird .", None)]
+    assert len(skipped) == 1
+    assert "line 2: no text as caption" in skipped[0]
+
+
+BLIP = [
+    {"image": "a/1.jpg", "caption": "A dog .", "image_id": 7},
+    {"image": "a/2.jpg", "caption": ["A cat .", "A bird ."], "image_id": "coco_8"},
+]
+METADATA = [
+    {"file_name": "a/1.jpg", "text": "A dog ."},
+    {"file_name": "a/2.jpg", "text": ["A cat .", "A bird ."]},
+]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps(BLIP),
+    "\n".join(json.dumps(record) for record in BLIP),
+    json.dumps([{k: v for k, v in record.items() if k != "image_id"} for record in BLIP]),
+    json.dumps(METADATA),
+    "\n".join(json.dumps(record) for record in METADATA),
+    "file_name,text\na/1.jpg,A dog .\na/2.jpg,A cat .\na/2.jpg,A bird .\n",
+    # what Excel's Unicode text is after its conversion, and its CSV in much of Europe
+    "image\tcaption\na/1.jpg\tA dog .\na/2.jpg\tA cat .\na/2.jpg\tA bird .\n",
+    "image;caption\r\na/1.jpg;A dog .\r\na/2.jpg;A cat .\r\na/2.jpg;A bird .\r\n",
+])
+def test_records_of_blip_hugging_face_and_excel(tmp_path, text):
+    (tmp_path / "file").write_text(text, encoding="utf-8")
+    found = captions_or_error(tmp_path / "file")
+    assert found == [("a/1.jpg", "A dog .", None), ("a/2.jpg", "A cat .", None),
+                     ("a/2.jpg", "A bird .", None)]
+
+
+@pytest.mark.parametrize("record, missing", [
+    ({"image": "1.jpg", "conversations": []}, r"no text as caption \(captions, caption, "),
+    ({"url": "http://x/1.jpg", "caption": "A dog ."}, r"no image name \(image, image_name, "),
+    ({"image": 7, "question": "Why?"}, r"no image name .* and no text as caption"),
+])
+def test_what_a_record_lacks_is_named(tmp_path, record, missing):
+    (tmp_path / "file").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match=f"record 1: {missing}"):
+        read_captions(tmp_path / "file")
+
+
+ENGLISH = "image,caption\n1.jpg,A man’s “dog” – on a café’s terrace …\n"
+FRENCH = "image,caption\n1.jpg,Un garçon à côté d’une école — il est gêné .\n"
+
+
+@pytest.mark.parametrize("text, encoding, named", [
+    (ENGLISH, "cp1252", "line 2: not UTF-8 but WINDOWS-1252; .* iconv -f WINDOWS-1252 "),
+    (FRENCH, "cp1252", "iconv -f WINDOWS-1252 "),
+    ("image,caption\n1.jpg,Zwei Hündinnen\n", "latin-1", "iconv -f WINDOWS-1252 "),
+    (ENGLISH, "mac_roman", "iconv -f MACINTOSH "),
+    (FRENCH, "mac_roman", "iconv -f MACINTOSH "),
+    ("image,caption\n1.jpg,Собака бежит по траве .\n", "cp1251", "iconv -f ENCODING "),
+    ("image,caption\n1.jpg,Dwa psy żółte biegną w śniegu\n", "cp1250", "iconv -f ENCODING "),
+    ("image,caption\n1.jpg,一只狗在草地上奔跑\n", "gb18030", "iconv -f ENCODING "),
+    ("image,caption\n1.jpg,犬が草の上を走っている\n", "shift_jis", "iconv -f ENCODING "),
+    (ENGLISH, "utf-16", "UTF-16.* iconv -f UTF-16 "),
+    (ENGLISH, "utf-16-le", "iconv -f UTF-16LE "),
+    (ENGLISH, "utf-16-be", "iconv -f UTF-16BE "),
+    (ENGLISH, "utf-32", "iconv -f UTF-32 "),
+])
+def test_the_right_encoding_is_named(tmp_path, text, encoding, named):
+    (tmp_path / "file").write_bytes(text.encode(encoding))
+    with pytest.raises(UserError) as raised:
+        read_captions(tmp_path / "file")
+    assert re.search(named, str(raised.value)), raised.value
+
+
+def test_one_damaged_byte_is_no_other_encoding(tmp_path):
+    (tmp_path / "file").write_bytes(ENGLISH.encode().replace(b"A man", b"A \xff man"))
+    with pytest.raises(UserError) as raised:
+        read_captions(tmp_path / "file")
+    assert "line 2: a damaged character in UTF-8 text" in str(raised.value)
+
+
+def zipped(name):
+    """The bytes of a zip with one file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, ENGLISH)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("data, what", [
+    (zipped("xl/workbook.xml"), "is an Excel workbook; save it as CSV UTF-8"),
+    (bytes.fromhex("d0cf11e0a1b11ae1") + bytes(99), "is an Excel workbook"),
+    (zipped("captions.csv"), "is a zip archive; unpack it"),
+    (gzip.compress(ENGLISH.encode()), "is compressed with gzip; unpack it"),
+    (b"PAR1\x15\x04\x15\xe0PAR1", "is a Parquet file; convert it with pandas"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is not a text file"),
+])
+def test_files_that_are_no_text_are_named(tmp_path, data, what):
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(UserError) as raised:
+        read_captions(tmp_path / "file")
+    assert f"{tmp_path / 'file'} {what}" in str(raised.value)
+
+
 @pytest.mark.parametrize("data, message", [
     (b"", "empty"),
     ("1.jpg#0\tcaf\xe9\n".encode("latin-1"), "line 1: not UTF-8"),
@@ -181,11 +321,11 @@ def test_a_quoted_caption_may_contain_line_ends(tmp_path):
     (b'{"image": "1.jpg", "captions": ["x"], "split": "trian"}',
      "split is 'trian', expected train"),
     (b'{"image": "1.jpg", "captions": ["\\ud83d"]}\n{"image": "1.jpg"}',
-     "record 2: not an image name with captions"),
+     "record 2: no text as caption"),
     (b'[{"image": "1.jpg", "label": 3}]',
-     "record 1: .*no text in captions, caption, comment, raw, text"),
+     r"record 1: no text as caption \(captions, caption, comment, raw, text\)"),
     (b'[{"path": "1.jpg", "caption": "x"}]',
-     "record 1: .*no image, image_name, filename, file_name"),
+     r"record 1: no image name \(image, image_name, filename, file_name\)"),
 ])
 def test_unusable_caption_files(tmp_path, data, message):
     (tmp_path / "file").write_bytes(data)

@@ -1,4 +1,4 @@
-"""Repository rules: allowed imports, line length, docstrings, length of main."""
+"""Repository rules: allowed imports, line length, docstrings, encodings, length of main."""
 import ast
 import shutil
 import subprocess
@@ -83,6 +83,33 @@ def missing_docstrings(files):
     return found
 
 
+def locale_files(files):
+    """Text files that are read or written in the locale's encoding."""
+    found = []
+    for path, source in files.items():
+        if path.parts[0] == "tests" or path.stem.startswith("test_"):
+            continue
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call) and is_text_file(node):
+                if "encoding" not in [keyword.arg for keyword in node.keywords]:
+                    found.append(f"{path}:{node.lineno}")
+    return found
+
+
+def is_text_file(call):
+    """Whether a call, an ast.Call, is open, Path.open, read_text or write_text for text."""
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+    if name in ("read_text", "write_text"):
+        return not call.args or name == "write_text"
+    if name != "open":
+        return False
+    is_method = isinstance(call.func, ast.Attribute)
+    arguments = call.args if is_method else call.args[1:]
+    mode = getattr(arguments[0], "value", None) if arguments else "r"
+    # other methods named open take a path
+    return isinstance(mode, str) and set(mode) <= set("rwax+t")
+
+
 def long_main(source):
     """main has fewer than 100 lines, and a while loop in it fewer than 60."""
     found = []
@@ -113,6 +140,7 @@ def test_the_house_is_in_order():
     assert wrong_imports(files) == []
     assert long_lines(files) == []
     assert missing_docstrings(files) == []
+    assert locale_files(files) == []
     assert long_main(files[Path("train.py")]) == []
     assert not loads_torch(HERE)
 
@@ -147,6 +175,20 @@ def test_other_violations_are_found(tmp_path):
     assert long_lines({Path("x.py"): f"# {'é' * 98}\n# {'x' * 99}"}) == ["x.py:2 has 101 columns"]
     source = "def f():\n    pass\n\ndef _g():\n    pass\n\ndef h():\n    'Fine.'"
     assert missing_docstrings({Path("x.py"): source}) == ["x.py:1 f has no docstring"]
+    source = """
+open(path)
+open(path, "a")
+path.open("w")
+path.read_text()
+path.write_text(text)
+open(path, "rb")
+open(path, "w", encoding="utf-8")
+path.write_text(text, encoding="utf-8")
+Image.open(path)
+os.open(path, os.O_RDONLY)
+read_text(path)
+"""
+    assert locale_files({Path("x.py"): source}) == [f"x.py:{line}" for line in range(2, 7)]
     main = "def main():\n" + "    pass\n" * 40 + "    while 1:\n" + "        pass\n" * 57
     assert long_main(main) == []
     assert len(long_main(main + "        pass\n")) == 1

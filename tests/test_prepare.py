@@ -313,8 +313,8 @@ def test_unreadable_images_leave_no_row_and_one_percent_is_the_limit(many, capsy
 
 
 @pytest.mark.parametrize("record, lack", [
-    ({"image": "000.png", "label": "dog"}, "no text in captions, caption"),
-    ({"path": "000.png", "caption": "A dog"}, "no image, image_name"),
+    ({"image": "000.png", "label": "dog"}, "no text as caption (captions, caption"),
+    ({"path": "000.png", "caption": "A dog"}, "no image name (image, image_name"),
 ])
 def test_no_usable_caption(many, capsys, record, lack):
     write_jsonl(many / "captions.jsonl", [record, record])
@@ -364,6 +364,19 @@ def test_lists(source, capsys):
     (source / "train.txt").write_text("nobody")
     (source / "val.txt").write_text("3")
     assert "nothing to train on" in fails(capsys, *arguments(source, "new"))
+
+
+def test_without_a_usable_caption_the_first_record_is_explained(source, capsys):
+    write_jsonl(source / "captions.jsonl", [{"image": "1.jpg", "question": "Why?"}] * 2)
+    error = fails(capsys, *arguments(source, split_files=None))
+    assert "record 1: no text as caption" in error and "0 names" not in error
+    lines = (source / "out/skipped.txt").read_text().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("caption\t")
+
+
+def test_a_split_file_in_another_encoding_is_explained(source, capsys):
+    (source / "train.txt").write_bytes("1.jpg\n".encode("utf-16"))
+    assert "train.txt is UTF-16" in fails(capsys, *arguments(source))
 
 
 def test_the_hashed_split_is_90_5_5_and_stable():

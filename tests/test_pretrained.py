@@ -719,7 +719,7 @@ def test_the_first_loss_is_the_language_models_own(parts, tmp_path, monkeypatch)
 @pytest.mark.parametrize("changed, message", [
     (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"),
     (["--encoder=dev/none"], "neither a folder"),
-    (["--n_embd=64"], "n_embd is 32 in"),
+    (["--n_embd=64"], "n_embd is fixed to 32 by"),
     (["--lr_scale=encoder"], "PATTERN=FACTOR"),
     (["--decoder=", "--lora_rank=2"], "lora_rank needs a pretrained decoder"),
     (["--lora_rank=2", "--lora_targets=nothing"], "matches no linear layer"),

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -123,6 +124,27 @@ def test_sample_prints_a_line_for_each_caption_and_reference(trained, data, phot
     assert lines[2:] == [f"    reference: {text}" for text in references]
 
 
+def test_sample_draws_where_each_word_looked(trained, data, photos, tmp_path):
+    where = tmp_path / "new" / "where.png"
+    arguments = ["--image", photos, data, "--limit=2", "--out_dir", trained, "--json"]
+    done = sample(*arguments, "--attention", where, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == sample(*arguments).stdout
+    # a heading and at least one row of tiles for each of four images
+    assert Image.open(where).height > 4 * 150
+
+
+def test_attention_of_pooled_patches_is_refused(data, tmp_path):
+    pooled = tmp_path / "pooled"
+    start(data, pooled, options=dict(n_query=3, max_iters=1, eval_interval=1))
+    where = tmp_path / "where.png"
+    done = sample("--image", HERE / "assets" / "photos", "--out_dir", pooled, "--attention", where,
+                  check=False)
+    one_line_error(done, 2, "where each word looked", "n_query=3")
+    assert done.stdout == b""
+    assert not where.exists()
+
+
 def test_sample_from_stdin(trained, photos):
     path = photos / "a.png"
     from_file = json_lines(sample("--image", path, "--out_dir", trained, "--json"))
@@ -160,6 +182,81 @@ def test_caption_from_python(trained, photos):
     with a.open("rb") as file:
         assert caption(captioner, file) == texts[0]
     assert [len(found) for found in caption(captioner, [a, b], num_samples=3)] == [3, 3]
+
+
+def test_caption_of_images_and_arrays_in_memory(trained, tmp_path):
+    pixels = random_images(1, 50)[0].numpy()
+    gray = Image.fromarray(pixels).convert("L")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    gray.save(tmp_path / "gray.png")
+    captioner = load(trained, "cpu", "float32")
+    of_file = caption(captioner, tmp_path / "a.png")
+    of_gray = caption(captioner, tmp_path / "gray.png")
+    clear = np.dstack([pixels, np.full((50, 50), 255, np.uint8)])
+    sources = {
+        "PIL": (Image.fromarray(pixels), of_file),
+        "PIL, a file that is not read yet": (Image.open(tmp_path / "a.png"), of_file),
+        "array": (pixels, of_file),
+        "array with holes": (np.repeat(pixels, 2, axis=1)[:, ::2], of_file),
+        "floats": (pixels / 255, of_file),
+        "float32": ((pixels / 255).astype(np.float32), of_file),
+        "RGBA": (clear, of_file),
+        "gray": (np.asarray(gray), of_gray),
+        "gray with a channel": (np.asarray(gray)[:, :, None], of_gray),
+        "gray, PIL": (gray, of_gray),
+        "several": ([pixels, tmp_path / "gray.png", Image.fromarray(pixels)],
+                    [of_file, of_gray, of_file]),
+        "an array of several": (np.stack([pixels, pixels]), [of_file, of_file]),
+    }
+    found = {}
+    for name, (source, _) in sources.items():
+        try:
+            found[name] = caption(captioner, source)
+        except Exception as error:
+            found[name] = error
+    assert found == {name: expected for name, (_, expected) in sources.items()}
+
+
+def test_a_captioned_image_stays_as_it_was(trained, tmp_path):
+    Image.effect_noise((400, 300), 50).save(tmp_path / "large.jpg")
+    image = Image.open(tmp_path / "large.jpg")
+    try:
+        caption(load(trained, "cpu", "float32"), image)
+    except UserError as error:
+        assert not error
+    assert image.size == (400, 300)
+
+
+@pytest.mark.parametrize("array", [
+    np.zeros((3, 50, 50), np.uint8),
+    np.full((50, 50, 3), 200.0),
+    np.full((50, 50, 3), np.nan),
+    np.zeros((50, 50, 3), np.int64),
+])
+def test_caption_refuses_other_arrays(trained, array):
+    try:
+        found = caption(load(trained, "cpu", "float32"), array)
+    except Exception as error:
+        found = str(error)
+    assert "expected (H, W), (H, W, 3) or (H, W, 4), of uint8 or of floats from 0 to 1" in found
+
+
+def test_captions_with_where_each_word_looked(photos):
+    paths = [photos / "a.png", HERE / "assets" / "photos" / "cat.jpg"]
+    captioner = load(device="cpu", dtype="float32")
+    texts = caption(captioner, paths, beam=1)
+    found = caption(captioner, paths, beam=1, attention=True)
+    assert [text for text, _ in found] == texts
+    for text, words in found:
+        assert " ".join(word for word, _ in words) == text
+        for _, weights in words:
+            # 260 pixels at a stride of 32
+            assert weights.shape == (9, 9)
+            assert weights.min() >= 0
+            assert abs(weights.sum() - 1) < 1e-5
+    text, words = caption(captioner, paths[1], beam=1, attention=True)
+    assert text == texts[1]
+    assert len(words) == len(text.split())
 
 
 def test_caption_refuses_other_files(trained, tmp_path):
@@ -216,6 +313,8 @@ def test_fine_tuning_on_own_photos(trained, tmp_path):
     ("--bean 3", ["--bean", "--beam"]),
     ("--out_dir /nowhere", ["/nowhere", "checkpoint"]),
     ("--sheet x.doc", ["x.doc", "expected an image file name"]),
+    ("--attention x", ["--attention x", "expected an image file name"]),
+    ("--attention x.png --num_samples 2", ["--attention", "--num_samples"]),
     ("--dtype float16", ["dtype must be auto, bfloat16 or float32, not 'float16'"]),
     ("--image ftp://x/a.jpg", ["ftp://x/a.jpg", "only http:// and https://"]),
     ("", ["a.jpg", "no such file or folder"]),

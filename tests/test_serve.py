@@ -318,7 +318,7 @@ def test_what_waits_is_captioned_as_a_batch(captioner, gate):
 def test_the_65th_image_has_to_come_again(captioner, gate):
     with serving(captioner) as server, ThreadPoolExecutor(64) as pool:
         waiting = [pool.submit(request, server, body=PHOTOS[0]) for _ in range(64)]
-        wait_until(lambda: server.jobs.qsize() + len(gate.batches) == 64)
+        wait_until(lambda: server.jobs.qsize() + sum(n for n, _ in gate.batches) == 64)
         reply = request(server, body=PHOTOS[0])
         assert reply.status == 503
         assert "64 images are waiting already" in reply.json["error"]

@@ -12,8 +12,10 @@ import torch
 import train
 from helpers import (CONFIG, HERE, one_line_error, read_log, run, start, tiny_dataset, torchrun,
                      write_config)
+from nanocaption.cli import Parser, UserError
 from nanocaption.cli import run as run_main
 from nanocaption.dataset import Dataset
+from nanocaption.distributed import init_distributed
 from nanocaption.metrics import baselines, cider, cider_references, tokenize
 
 STATE = ("model", "teacher", "optimizer")
@@ -161,7 +163,9 @@ torch.save(train.kept.state_dict(), {str(tmp_path)!r} + "/rank" + os.environ["RA
     options = {**CONFIG, "max_iters": 1, "grad_clip": 0.0}
     start(data, tmp_path / "one", options=options)
     config = write_config(tmp_path / "two.py", options)
-    torchrun(worker, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}")
+    done = torchrun(worker, config, f"--data_dir={data}", f"--out_dir={tmp_path / 'two'}")
+    # the gradients of local convolutions have strides of their own
+    assert b"strides" not in done.stderr
     # after one step AdamW's first moment is a tenth of the gradient
     one = last(tmp_path / "one")["optimizer"][0]["state"]
     two = last(tmp_path / "two")["optimizer"][0]["state"]
@@ -196,6 +200,51 @@ train.run(train.main)
     assert b"worker.py: error: rank 1 has data" in done.stderr, done.stderr
     assert done.stderr.count(b"worker.py: error:") == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("environment, parts", [
+    (dict(RANK="0", WORLD_SIZE="2"), ["WORLD_SIZE is 2", "MASTER_ADDR, MASTER_PORT is missing"]),
+    (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999"), ["RANK is missing"]),
+    (dict(RANK="1"), ["RANK is '1' and WORLD_SIZE is '1'"]),
+    (dict(RANK="2", WORLD_SIZE="2"), ["RANK is '2' and WORLD_SIZE is '2'"]),
+    (dict(RANK="0", WORLD_SIZE="two"), ["WORLD_SIZE is 'two'", "torchrun"]),
+    (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="port"),
+     ["rank 0 does not reach the others at 127.0.0.1:port"]),
+])
+def test_an_environment_that_no_launcher_sets(data, tmp_path, environment, parts, monkeypatch,
+                                              capsys):
+    config = write_config(tmp_path / "c.py", CONFIG)
+    arguments = ["train.py", str(config), f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    error = None
+    try:
+        run_main(train.main)
+    except BaseException as left:
+        error = left
+    assert isinstance(error, SystemExit) and error.code == 2, error
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    for part in parts:
+        assert part in message, message
+
+
+def test_a_launcher_without_local_ranks(monkeypatch):
+    """As Slurm with eight tasks on two machines with four GPUs each."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend: None)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    devices = []
+    for rank in range(8):
+        monkeypatch.setenv("RANK", str(rank))
+        found, world, device = init_distributed(torch.device("cuda"), train.Options())
+        assert (found, world) == (rank, 8)
+        devices.append(device.index)
+    assert devices == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 # -----------------------------------------------------------------------------
@@ -388,6 +437,48 @@ def test_wrong_configs(tmp_path, text, parts, monkeypatch, capsys):
     config = tmp_path / "c.py"
     config.write_text(text)
     refused(monkeypatch, capsys, [config, "--data_dir=data/no_such_data"], parts)
+
+
+def test_a_config_is_utf8_whatever_the_locale(tmp_path):
+    config = tmp_path / "c.py"
+    # Windows's Notepad begins with a byte order mark
+    config.write_bytes("\ufeffout_dir = 'out/Füße'  # für später\nmax_iters = 1\n".encode())
+    try:
+        found = train.read_options([str(config)])[0].out_dir
+    except UserError as error:
+        found = str(error)
+    assert found == "out/Füße"
+
+
+def test_the_home_folder_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "c.py").write_text("max_iters = 1\ndata_dir = '~/data'\nlr_scale = 'wte=0.5'\n")
+    options, _ = train.read_options([str(tmp_path / "c.py"), "--out_dir=~/out", "--init_from",
+                                     "~/start"])
+    assert options.data_dir == f"{tmp_path}/data"
+    assert options.out_dir == f"{tmp_path}/out"
+    assert options.init_from == f"{tmp_path}/start"
+    assert options.lr_scale == "wte=0.5"
+    # every script's parser
+    parser = Parser()
+    parser.add_argument("--captions", nargs="+")
+    parser.add_argument("--sheet")
+    arguments = parser.parse_args(["--captions", "train=~/a.csv", "~/b.csv", "c~d", "--sheet=~/s"])
+    assert arguments.captions == [f"train={tmp_path}/a.csv", f"{tmp_path}/b.csv", "c~d"]
+    assert arguments.sheet == f"{tmp_path}/s"
+
+
+def test_compile_without_a_compiler(data, tmp_path):
+    config = write_config(tmp_path / "c.py", CONFIG)
+    command = [sys.executable, "train.py", config, f"--data_dir={data}", "--compile",
+               f"--out_dir={tmp_path / 'out'}"]
+    environment = {**os.environ, "PATH": "", "CXX": "/no/such/compiler",
+                   "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run([str(part) for part in command], cwd=HERE, env=environment,
+                          capture_output=True, timeout=120)
+    one_line_error(done, 2, "--compile", "needs a working C++ compiler", "--compile=False")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_config(tmp_path):
