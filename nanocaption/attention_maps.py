@@ -24,8 +24,8 @@ def check_attention(model, num_samples=1):
     if num_samples > 1:
         reason = "it works with beam search only, not with samples"
     elif options.n_query:
-        reason = (f"this checkpoint pools the patches into n_query={options.n_query} vectors, which "
-                  "have no place in the image")
+        reason = (f"this checkpoint pools the patches into n_query={options.n_query} vectors, "
+                  "which have no place in the image")
     elif options.bridge == "prefix" and options.decoder_family == "falcon":
         reason = "Falcon's self-attention is not supported; use bridge=cross or both"
     if reason:
@@ -38,10 +38,11 @@ def word_attention(model, tokenizer, image, captions):
     Encoded images (B, N, C) and a caption of each, list[list[int]] without EOT -> for each image a
     list of (word, its attention over the grid of patches, float32 (g, g) that sums to 1).
     """
-    weights = torch.stack(decoder_attention(model, image, captions))  # (layers, B, H, T, N)
     results = []
-    for ids, steps in zip(captions, over_grid(weights.mean((0, 2))).cpu()):
-        maps = above_mean(steps[:len(ids) + 1]).numpy()
+    # one image at a time, because the weights of all heads take much memory
+    for i, ids in enumerate(captions):
+        weights = torch.stack(decoder_attention(model, image[i:i + 1], ids))
+        maps = above_mean(over_grid(weights.mean((0, 1)))).cpu().numpy()  # (T, g, g)
         words = []
         for word, tokens in join_tokens(tokenizer, ids):
             words.append((word, maps[tokens].mean(0)))
@@ -49,26 +50,23 @@ def word_attention(model, tokenizer, image, captions):
     return results
 
 
-def decoder_attention(model, image, captions):
+def decoder_attention(model, image, ids):
     """
-    The weights of the decoder's attention to the image, for word_attention's arguments: for each
-    layer float32 (B, H, T, N). Row t belongs to the step that writes token t. With bridge="prefix",
-    it is the part of self-attention over the prefix.
+    The weights of the decoder's attention to an encoded image (1, N, C) while it writes a caption,
+    list[int] without EOT: for each layer float32 (H, T, N). Step t writes token t, the last step
+    EOT. With bridge="prefix", it is the part of self-attention over the prefix.
     """
-    rows = [[model.eot_token, *ids] for ids in captions]
-    T = max(len(row) for row in rows)
-    tokens = [row + [model.eot_token] * (T - len(row)) for row in rows]
-    tokens = torch.tensor(tokens, device=image.device)
-    position = torch.arange(T, device=image.device).expand_as(tokens)
+    tokens = torch.tensor([[model.eot_token, *ids]], device=image.device)  # (1, T)
+    position = torch.arange(tokens.size(1), device=image.device)[None]
     packed = dict(tokens=tokens, position=position, segment=torch.ones_like(tokens))
     P = model.n_prefix
     if model.options.bridge == "prefix":
         with record([block.attention for block in model.blocks], self_weights) as weights:
             model.decode(image, packed)
-        return [w[:, :, P:, :P] for w in weights]
+        return [w[0, :, P:, :P] for w in weights]
     with record([block.cross for block in model.blocks], cross_weights) as weights:
         model.decode(image, packed)
-    return [w[:, :, P:] for w in weights]
+    return [w[0, :, P:] for w in weights]
 
 
 @contextmanager

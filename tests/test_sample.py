@@ -93,6 +93,27 @@ def test_sample_prints_a_line_for_each_caption_and_reference(trained, data, phot
     assert lines[2:] == [f"    reference: {text}" for text in references]
 
 
+def test_sample_draws_where_each_word_looked(trained, data, photos, tmp_path):
+    where = tmp_path / "new" / "where.png"
+    arguments = ["--image", photos, data, "--limit=2", "--out_dir", trained, "--json"]
+    done = sample(*arguments, "--attention", where, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == sample(*arguments).stdout
+    # a heading and at least one row of tiles for each of four images
+    assert Image.open(where).height > 4 * 150
+
+
+def test_attention_of_pooled_patches_is_refused(data, tmp_path):
+    pooled = tmp_path / "pooled"
+    start(data, pooled, options=dict(n_query=3, max_iters=1, eval_interval=1))
+    where = tmp_path / "where.png"
+    done = sample("--image", HERE / "assets" / "photos", "--out_dir", pooled, "--attention", where,
+                  check=False)
+    one_line_error(done, 2, "where each word looked", "n_query=3")
+    assert done.stdout == b""
+    assert not where.exists()
+
+
 def test_sample_from_stdin(trained, photos):
     path = photos / "a.png"
     from_file = json_lines(sample("--image", path, "--out_dir", trained, "--json"))
@@ -130,6 +151,24 @@ def test_caption_from_python(trained, photos):
     with a.open("rb") as file:
         assert caption(captioner, file) == texts[0]
     assert [len(found) for found in caption(captioner, [a, b], num_samples=3)] == [3, 3]
+
+
+def test_captions_with_where_each_word_looked(photos):
+    paths = [photos / "a.png", HERE / "assets" / "photos" / "cat.jpg"]
+    captioner = load(device="cpu", dtype="float32")
+    texts = caption(captioner, paths, beam=1)
+    found = caption(captioner, paths, beam=1, attention=True)
+    assert [text for text, _ in found] == texts
+    for text, words in found:
+        assert " ".join(word for word, _ in words) == text
+        for _, weights in words:
+            # 260 pixels at a stride of 32
+            assert weights.shape == (9, 9)
+            assert weights.min() >= 0
+            assert abs(weights.sum() - 1) < 1e-5
+    text, words = caption(captioner, paths[1], beam=1, attention=True)
+    assert text == texts[1]
+    assert len(words) == len(text.split())
 
 
 def test_caption_refuses_other_files(trained, tmp_path):
@@ -186,6 +225,8 @@ def test_fine_tuning_on_own_photos(trained, tmp_path):
     ("--bean 3", ["--bean", "--beam"]),
     ("--out_dir /nowhere", ["/nowhere", "checkpoint"]),
     ("--sheet x.doc", ["x.doc", "expected an image file name"]),
+    ("--attention x", ["--attention x", "expected an image file name"]),
+    ("--attention x.png --num_samples 2", ["--attention", "--num_samples"]),
     ("--dtype float16", ["dtype must be auto, bfloat16 or float32, not 'float16'"]),
     ("--image ftp://x/a.jpg", ["ftp://x/a.jpg", "only http:// and https://"]),
     ("", ["a.jpg", "no such file or folder"]),
