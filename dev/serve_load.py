@@ -61,7 +61,7 @@ def post(address, body):
 
 def memory(process):
     """A process's memory in MB."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
 
 
