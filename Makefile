@@ -19,4 +19,4 @@ demo: .venv/demo
 	.venv/bin/python data/shapes/exact_match.py
 
 test: .venv/test
-	.venv/bin/python -m pytest -q --durations=5
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile --durations=5
