@@ -331,6 +331,12 @@ def about_run(options, data, model, parent):
                 flickr_ids=torch.tensor(sorted(flickr_ids), dtype=torch.int64))
 
 
+def rank_facts(about, step):
+    """What all ranks must agree on: paths may differ between machines, but not what is there."""
+    facts = dict(about["options"], step=step, data=about["fingerprint"])
+    return facts | dict(data_dir="", encoder="", decoder="") | about["source_hashes"]
+
+
 def trained_weights(model, frozen):
     """The state dict without the frozen parameters."""
     return {name: t for name, t in model.state_dict().items() if name not in frozen}

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (about_run, check_sources, find_start, make_model, pick_device, restore,
-                        resume_run, save_best, save_last)
+from checkpoint import (about_run, check_sources, find_start, make_model, pick_device, rank_facts,
+                        restore, resume_run, save_best, save_last)
 from model import ModelOptions, pack
 from nanocaption.augment import augment, names_a_side
 from nanocaption.cli import UserError, check_ranges, lock_folder, run
@@ -457,8 +457,7 @@ def main():
 
     # no rank writes to out_dir until all ranks agree
     about = about_run(options, data, model, checkpoint)
-    facts = dict(about["options"], data_dir="", step=state.step, data=data.fingerprint)
-    check_ranks_agree(facts, rank, world)
+    check_ranks_agree(rank_facts(about, state.step), rank, world)
     if options.freeze_encoder and options.cache_features:
         fill_views(train.views, val.views, data, rank, world)
     stop = StopSignal(options.out_dir, quiet=rank > 0)
