@@ -151,6 +151,7 @@ class CrossAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, n_embd):
         super().__init__()

@@ -109,6 +109,7 @@ CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=
 
 
 class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
