@@ -21,7 +21,7 @@ from nanocaption.dataset import flickr_hash
 from nanocaption.download import check_no_pointer
 from nanocaption.precision import cast_weights, pick_dtype
 from nanocaption.tokenizer import make_tokenizer, text_to_ranks
-from nanocaption.weights import absolute_source
+from nanocaption.weights import SkipInit, absolute_source
 
 VERSION = 2
 # version 1 had these options; they are constants now
@@ -208,7 +208,8 @@ def build(checkpoint):
         options.decoder = ""
     weights = checkpoint["model"]
     vocab_size = checkpoint.get("vocab_size") or len(weights["wte.weight"])
-    model = make_model(options, vocab_size, ids=checkpoint["tokenizer"].get("ids"))
+    with SkipInit():
+        model = make_model(options, vocab_size, ids=checkpoint["tokenizer"].get("ids"))
     check_sources(model, checkpoint)
     restore(model, weights)
     if options.lora_rank:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from model import Block, Captioner, Encoder, attention, merge_heads, patchify, split_heads
 from nanocaption import efficientnet
 from nanocaption.cli import UserError
-from nanocaption.weights import (fetch_model, hash_tensors, read_json, read_pickle,
+from nanocaption.weights import (SkipInit, fetch_model, hash_tensors, read_json, read_pickle,
                                  read_weights)
 
 LORA_ALPHA = 16
@@ -712,7 +712,7 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
     if normalization:
         mean, std = normalization
     # takes no memory until its parameters are replaced below
-    with torch.device("meta"):
+    with torch.device("meta"), SkipInit():
         model = build_captioner(options, vocab_size, mean, std)
     loaded = load_parts(model, options.encoder, options.decoder, ids)
     tuned = getattr(model.encoder, "tuned_names", set)()

@@ -1,5 +1,6 @@
 """Images: one loader for all scripts, and image files in folders and archives."""
 import contextlib
+import importlib
 import io
 import itertools
 import logging
@@ -28,7 +29,10 @@ from PIL import Image, ImageOps
 from nanocaption import download
 from nanocaption.cli import UserError, one_line, show_progress
 
-Image.init()
+Image.preinit()  # BMP, GIF, JPEG, PNG, PPM; Image.init() would load every format there is
+for plugin in ("Avif", "Jpeg2K", "Tiff", "WebP"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"PIL.{plugin}ImagePlugin")
 # without EPS, which runs code
 SAFE_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 FORMATS = [name for name in SAFE_FORMATS if name in Image.OPEN]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanocaption import download
 from nanocaption.cli import UserError
@@ -237,3 +238,15 @@ def map_tensors(path, header, start):
 def data_offsets(item):
     """A sort key for the header's items."""
     return item[1]["data_offsets"]
+
+
+class SkipInit(TorchFunctionMode):
+    """
+    A context manager that skips nn.init: for weights that are about to be loaded. On the meta
+    device, initialization would import torch._dynamo, which takes a second.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))

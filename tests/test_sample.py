@@ -63,6 +63,13 @@ def test_the_bundled_checkpoint_captions_photos_as_in_readme():
     assert found == expected
 
 
+def test_loading_the_bundled_checkpoint_imports_no_compiler():
+    # torch._dynamo takes longer to import than a caption takes
+    code = "import sys; import sample; sample.load(); print('torch._dynamo' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert found.stdout.strip() == "False", found.stderr
+
+
 def test_sample_captions_images_and_names_unreadable_ones(trained, data, photos, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
