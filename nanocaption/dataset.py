@@ -375,8 +375,13 @@ def pixel_statistics(path, n, image_size):
     images = np.memmap(path, np.uint8, "r", shape=(n, image_size**2, 3))
     most = min(256, max(1, 2**24 // image_size**2))
     step = -(-n // most)  # rounded up
-    pixels = images[::step] / 255
-    return pixels.mean((0, 1)).tolist(), pixels.std((0, 1)).tolist()
+    pixels = np.array(images[::step])
+    # sums of integers: exact, and faster than floats
+    n = pixels.size // 3
+    mean = pixels.sum((0, 1), dtype=np.int64) / n
+    mean_square = (pixels.astype(np.uint16) ** 2).sum((0, 1), dtype=np.int64) / n
+    std = np.sqrt(mean_square - mean**2)
+    return (mean / 255).tolist(), (std / 255).tolist()
 
 
 def write_file(path, data):

@@ -202,7 +202,7 @@ def to_array(image, size):
     white = white_value(image)
     # damaged EXIF data can raise anything, but the image itself is fine
     with contextlib.suppress(Exception):
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if white:
         # convert("RGB") would clip it instead of scaling it
         if image.mode == "F":
@@ -290,10 +290,9 @@ def list_folder(source):
                 subfolders.clear()
                 continue
             seen.add(real)
+            prefix = os.path.relpath(folder, source).replace(os.sep, "/") + "/"
             for file in files:
-                path = os.path.join(folder, file)
-                name = os.path.relpath(path, source).replace(os.sep, "/")
-                entries[name] = path
+                entries[prefix.removeprefix("./") + file] = os.path.join(folder, file)
             for subfolder in sorted(subfolders):
                 path = os.path.join(folder, subfolder)
                 if os.path.islink(path):
