@@ -329,6 +329,7 @@ def about_run(options, data, model, parent):
     return dict(version=VERSION, options=asdict(options), vocab_size=data.vocab_size,
                 tokenizer=tokenizer, fingerprint=data.fingerprint,
                 source_hashes=getattr(model, "source_hashes", {}),
+                search=(parent or {}).get("search", {}),
                 flickr_ids=torch.tensor(sorted(flickr_ids), dtype=torch.int64))
 
 

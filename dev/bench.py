@@ -726,7 +726,7 @@ def main():
     """See the top of this file."""
     sections = ("train", "decode", "start", "prepare", "load")
     parser = Parser(description=__doc__)
-    parser.add_argument("what", nargs="*", choices=sections,
+    parser.add_argument("what", nargs="*", default=sections[:-1], metavar="|".join(sections),
                         help="what to measure (default: everything but load)")
     parser.add_argument("--config", default=str(ROOT / "config/nano.py"),
                         help="sizes and recipe (default: config/nano.py)")
@@ -735,6 +735,9 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
     args = parser.parse_args()
     check_ranges(args, rounds=(1, 1000))
+    for name in args.what:
+        if name not in sections:
+            parser.error(f"measures {', '.join(sections)}, not {name!r}")
     device = pick_device(args.device)
     options, _ = train.read_options([args.config])
     if options.encoder or options.decoder:
@@ -748,19 +751,18 @@ def main():
           f"{args.config}, medians of {args.rounds}")
     if not with_peer:
         print("without the peer: pip install transformers")
-    what = args.what or sections[:-1]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        if "train" in what:
+        if "train" in args.what:
             batches = write_batches(folder, options)
             print_tables(bench_train(options, batches, device, with_peer, args.rounds))
-        if "decode" in what:
+        if "decode" in args.what:
             print_tables(bench_decode(options, device, with_peer, args.rounds))
-        if "start" in what:
+        if "start" in args.what:
             print_tables(bench_start(device, folder, args.rounds))
-        if "prepare" in what:
+        if "prepare" in args.what:
             print_tables(bench_prepare(folder, args.rounds))
-        if "load" in what:
+        if "load" in args.what:
             rows = {name: {"value": number} for name, number in bench_load(folder).items()}
             print_tables({"Reading a large decoder": rows})
 

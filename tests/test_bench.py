@@ -7,7 +7,7 @@ import torch
 
 import train
 from dev import bench
-from helpers import HERE, TINY
+from helpers import HERE, TINY, one_line_error, run
 
 CPU = torch.device("cpu")
 
@@ -69,3 +69,10 @@ def test_a_section_prints_a_markdown_table(monkeypatch, capsys):
                           "|  | seconds | vs. import torch |", "| --- | --- | --- |"]
     assert re.fullmatch(r"\| sample.py \| [\d.]+ \| [\d.]+ \|", lines[6])
     assert re.fullmatch(r"\| import torch \| [\d.]+ \|  \|", lines[7])
+
+
+@pytest.mark.parametrize("argument", ["--rounds=0", "--confix=a", "train nothing"])
+def test_wrong_options(argument):
+    words = argument.split()
+    wrong = words[-1].split("=")[0].removeprefix("--")
+    one_line_error(run("dev/bench.py", *words, check=False), 2, wrong)

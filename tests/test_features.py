@@ -194,8 +194,11 @@ def test_a_published_checkpoint_needs_nothing_else(data, tmp_path, monkeypatch):
     assert [c[0]["text"] for c in found] == [c[0]["text"] for c in expected]
     # fine-tuned, it stays frozen and whole
     start(data, tmp_path / "tuned", f"--init_from={out}", options=EYE)
-    before = torch.load(out, weights_only=True)["model"]
-    after = torch.load(tmp_path / "tuned/last.pt", weights_only=True)["model"]
+    before = torch.load(out, weights_only=True)
+    after = torch.load(tmp_path / "tuned/last.pt", weights_only=True)
+    assert after["search"] == before["search"] == dict(beam=2, length_penalty=0)
+    before = before["model"]
+    after = after["model"]
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         frozen = name.startswith(("encoder.network.", "encoder.stem.last."))
