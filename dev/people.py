@@ -1,0 +1,87 @@
+"""
+Counts what captions say wrongly of people, as far as the references tell.
+
+    python sample.py --image data/flickr8k-260 --json > captions.jsonl
+    python dev/people.py captions.jsonl
+
+A caption that says something of a kind, such as a color of clothes, contradicts the references if
+they say other things of this kind and never the same. Images whose references say nothing of the
+kind are not counted.
+"""
+import json
+import re
+import sys
+
+MALE = "man men boy boys guy guys male gentleman he his him"
+FEMALE = "woman women girl girls lady ladies female she her"
+CHILD = "boy boys girl girls child children kid kids baby toddler"
+ADULT = "man men woman women guy guys lady ladies gentleman adult adults"
+COLORS = "red|orange|yellow|green|blue|purple|pink|brown|black|white|gray|grey"
+CLOTHES = "shirt|shirts|t-shirt|jacket|coat|hat|cap|dress|shorts|pants|jeans|uniform|suit|sweater"
+SKIN = r"\b(?:black|white|brown|dark|asian|african|african-american|indian|hispanic) " \
+       r"(?:man|men|woman|women|boy|boys|girl|girls|child|children|person|people|lady|guy)\b"
+
+
+def find_words(text, **groups):
+    """The names of the groups, each "word word ...", that have a word in a text."""
+    words = set(re.findall(r"[\w-]+", text.lower()))
+    return {name for name, group in groups.items() if words & set(group.split())}
+
+
+def gender(text):
+    """Whether a text names males or females: {"male"}, {"female"}, both or none."""
+    return find_words(text, male=MALE, female=FEMALE)
+
+
+def age(text):
+    """Whether a text names children or adults."""
+    return find_words(text, child=CHILD, adult=ADULT)
+
+
+def clothes(text):
+    """The colors of clothes in a text, such as {"red"}."""
+    pattern = rf"\b({COLORS}) (?:\w+ )?(?:{CLOTHES})\b"
+    return {color.replace("grey", "gray") for color in re.findall(pattern, text.lower())}
+
+
+def skin(text):
+    """What a text says of people's skin or origin, such as {"asian man"}."""
+    return set(re.findall(SKIN, text.lower()))
+
+
+def count(records, find):
+    """How many captions, and their references, say something that find finds; how many contradict."""
+    told = 0
+    wrong = 0
+    for record in records:
+        said = find(record["captions"][0]["text"])
+        true = set().union(*(find(text) for text in record["references"]))
+        if said and true:
+            told += 1
+            wrong += not said & true
+    return told, wrong
+
+
+def main():
+    """See the top of this file."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    for name, find in (("gender", gender), ("age", age), ("clothes", clothes), ("skin", skin)):
+        told, wrong = count(records, find)
+        print(f"{name:8} {told:4} captions, {wrong:3} contradict the references")
+    # how often it says the wrong one of two
+    for true, said in (("female", "male"), ("male", "female")):
+        images = 0
+        wrong = 0
+        for record in records:
+            found = gender(record["captions"][0]["text"])
+            if set().union(*(gender(text) for text in record["references"])) == {true}:
+                images += bool(found)
+                wrong += found == {said}
+        print(f"only {true} in the references, caption says only {said}: {wrong} of {images}")
+    print("captions that mention skin or origin:",
+          sum(bool(skin(record["captions"][0]["text"])) for record in records))
+
+
+if __name__ == "__main__":
+    main()
