@@ -50,7 +50,7 @@ def skin(text):
 
 
 def count(records, find):
-    """How many captions, and their references, say something that find finds; how many contradict."""
+    """How many captions, with their references, say such a thing, and how many contradict them."""
     told = 0
     wrong = 0
     for record in records:
