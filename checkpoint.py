@@ -192,8 +192,8 @@ def check_sources(model, checkpoint):
     """Raises UserError if a frozen part has other weights than the checkpoint was trained with."""
     for part, expected in checkpoint.get("source_hashes", {}).items():
         if model.source_hashes[part] != expected:
-            raise UserError(f"the {part}'s weights in {getattr(model.options, part)} are not those "
-                            "that the checkpoint was trained with; put those back")
+            raise UserError(f"the {part}'s weights in {getattr(model.options, part)} are not the "
+                            "ones the checkpoint was trained with; restore those")
 
 
 def build(checkpoint):
@@ -269,7 +269,7 @@ def find_start(options, source, data, rank=0):
         raise UserError(f"{existing[0]} exists; use {hint}--force to start over, or another "
                         "--out_dir")
     if resume and existing == [best] and not last.with_name("log.jsonl").exists():
-        raise UserError(f"there is nothing to resume from at {best} (no last.pt); "
+        raise UserError(f"cannot resume from {best} alone (no last.pt); "
                         f"--init_from={best} with another --out_dir fine-tunes it")
     if options.init_from == "scratch" or (resume and not last.exists()):
         if resume and rank == 0:
@@ -285,8 +285,8 @@ def find_start(options, source, data, rank=0):
         raise UserError(f"{last} cannot be resumed; --init_from={last} with another --out_dir "
                         "starts from its weights")
     if checkpoint["tokenizer"]["ranks"] != data.tokenizer_text:
-        raise UserError(f"{options.data_dir} was prepared with a different tokenizer from the "
-                        f"checkpoint's; prepare it again with --tokenizer {path}")
+        raise UserError(f"{options.data_dir} was not prepared with the checkpoint's tokenizer; "
+                        f"prepare it again with --tokenizer {path}")
     if resume and checkpoint["fingerprint"] != data.fingerprint:
         raise UserError(f"{last} was not trained on {options.data_dir} as it is now; pass the "
                         f"original --data_dir, or fine-tune with --init_from={last} and another "

@@ -4,8 +4,8 @@ Turns images and captions (Flickr30k, Flickr8k, COCO or your own) into binaries 
     python prepare_flickr.py                 # downloads Flickr30k (4.4 GB) into data/flickr30k
     python prepare_flickr.py --images photos/ --captions captions.jsonl --out_dir data/mine
 
-nanocaption/dataset.py describes the files that are written, nanocaption/captions.py the caption
-files that are understood.
+nanocaption/dataset.py describes the files that are written, nanocaption/captions.py the supported
+caption formats.
 """
 import hashlib
 import os
@@ -35,7 +35,7 @@ SPLIT_PREFIX = re.compile("(train|val|test)=")
 
 
 def describe_source(args):
-    """What the data are made from: the options, and the signatures of the input files."""
+    """What the data is made from: the options, and the signatures of the input files."""
     source = {name: getattr(args, name) for name in SOURCE_OPTIONS}
     source["inputs"] = {}
     # downloaded files don't change, and the archive may be deleted
@@ -249,7 +249,7 @@ def convert(args, source):
     if not captions and skipped:
         write_skipped(out_dir, skipped)
         raise UserError(
-            f"nothing to train on: no usable captions, beginning with {skipped[0][1]}; "
+            f"nothing to train on: no usable captions; first problem: {skipped[0][1]}; "
             f"see {out_dir}/skipped.txt"
         )
     if "train" not in images:
@@ -369,19 +369,20 @@ def read_arguments():
     add("--images", help="folder, .zip or .tar(.gz) of images "
         "(default: download Flickr30k, 4.4 GB, into data/flickr30k)")
     add("--captions", nargs="+", metavar="FILE",
-        help="caption files in any known format; train=FILE sets the split of a file")
+        help="caption files in any supported format; train=FILE sets the split of a file")
     add("--split_files", nargs="+", metavar="LIST",
         help="files that list the image names of TRAIN [VAL [TEST]] (default: the splits in the "
         "caption files, or else 90/5/5 by a hash of the name)")
-    add("--out_dir", help="where to write (default: data/NAME, with the name of --images)")
-    add("--image_size", type=int, default=160, help="side in pixels (default: %(default)s)")
+    add("--out_dir", help="where to write (default: data/NAME, named after --images)")
+    add("--image_size", type=int, default=160,
+        help="side of the stored images in pixels (default: %(default)s)")
     add("--vocab_size", type=int, default=8192,
         help="maximum number of tokens, including EOT (default: %(default)s)")
     add("--tokenizer", default="bpe",
         help="bpe (learned from the training captions), gpt2, a prepared folder, a checkpoint, a "
         "language model on the hub (OWNER/NAME) or a folder with a tokenizer.json (default: bpe)")
     add("--keep_used", action="store_true",
-        help="keep only those tokens of an existing --tokenizer that training captions use")
+        help="keep only those tokens of an existing --tokenizer that the training captions use")
     add("--workers", type=int, default=os.cpu_count(),
         help="processes that decode images (default: one per core)")
     add("--force", action="store_true", help="rebuild out_dir even if it is up to date")

@@ -6,8 +6,8 @@ Train a captioner.
     python train.py config/nano.py --init_from=out/nano --out_dir=out/mine --data_dir=data/mine
     torchrun --standalone --nproc_per_node=4 train.py config/base.py    # 4 GPUs
 
-Options are the fields of Options below and of ModelOptions in model.py. A config file overrides
-some of the defaults; the command line overrides both.
+The options are the fields of ModelOptions in model.py and of Options in train.py. A config file
+overrides some of the defaults; the command line overrides both.
 """
 import copy
 import math
@@ -43,7 +43,7 @@ from nanocaption.training_log import (log_evaluation, log_start, log_step, open_
 from nanocaption.views import FrozenViews, check_views, fill_views, pick_views
 from nanocaption.weights import absolute_source
 
-SAVE_SECONDS = 300  # of training, between checkpoints without an evaluation
+SAVE_SECONDS = 300  # save a checkpoint at least this often, in seconds of training
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Options(ModelOptions):
     # I/O
     data_dir: str = "data/flickr8k"   # written by prepare_flickr.py
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
-    init_from: str = "scratch"        # scratch; resume (if there is a run); or a checkpoint
+    init_from: str = "scratch"        # scratch, resume (from scratch if no run) or a checkpoint
     force: bool = False               # overwrite the run in out_dir
     log_interval: int = 20            # steps between lines of the log
     eval_interval: int = 500          # steps between evaluations, each with a checkpoint
@@ -68,25 +68,25 @@ class Options(ModelOptions):
     jitter: float = 0.0               # strength of brightness, contrast and saturation jitter
     # loss
     smoothing: float = 0.0            # label smoothing
-    alpha: float = 0.0                # weight of the teacher's soft targets, after a ramp (epoch 1)
-    momentum: float = 0.999           # decay of the teacher, a moving average of the weights
+    alpha: float = 0.0                # weight of the teacher's soft targets (ramps up over epoch 1)
+    momentum: float = 0.999           # EMA decay of the teacher's weights
     samples: int = 0                  # self-critical training: samples per image (0: off)
     # optimizer
     optimizer: str = "adamw"          # adamw; or muon for the blocks' matrices, AdamW for the rest
     learning_rate: float = 1e-3       # peak learning rate of AdamW
     muon_lr: float = 0.02             # peak learning rate of Muon
-    lr_scale: str = ""                # PATTERN=FACTOR parts, e.g. "encoder=0.1 wte=0.5"
+    lr_scale: str = ""                # learning rate factors by name, e.g. "encoder=0.1 wte=0.5"
     weight_decay: float = 0.1         # for matrices only
     grad_clip: float = 1.0            # maximum norm of the gradient (0: no clipping)
     warmup_iters: int = 100           # steps of linear warmup, on top of cosine decay to 0
     # pretrained parts, see pretrained.py
     encoder: str = ""                 # efficientnet_lite0, 1, 2; or a Hugging Face name or folder
     decoder: str = ""                 # a Hugging Face name or folder, e.g. gpt2
-    freeze_encoder: bool = False      # encode each view of an image only once
+    freeze_encoder: bool = False      # do not train the encoder; it encodes each view only once
     tune_blocks: int = 0              # still train the last N blocks of a frozen EfficientNet
-    views: int = 1                    # number of fixed views of each image with a frozen encoder
+    views: int = 1                    # with a frozen encoder: number of fixed views of each image
     cache_features: bool = True       # store a frozen encoder's features in data_dir
-    lora_rank: int = 0                # of LoRA adapters, trained instead of the decoder (0: none)
+    lora_rank: int = 0                # LoRA rank; trains adapters instead of the decoder (0: off)
     lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get an adapter
     # system
     device: str = "auto"              # cpu, cuda, mps, or auto (the best available)
@@ -129,7 +129,7 @@ class Options(ModelOptions):
 
 
 def read_options(argv):
-    """The command line -> checked Options, and where each one that was set comes from."""
+    """The command line -> checked Options, and the source of each one that was set."""
     options, source = parse_options(Options, argv, __doc__)
     options.encoder = absolute_source(options.encoder)
     options.decoder = absolute_source(options.decoder)
@@ -138,8 +138,8 @@ def read_options(argv):
         fixed, _, _ = part_options(options.encoder, options.decoder)
         for name, value in fixed.items():
             if source.get(name) == "command line" and getattr(options, name) != value:
-                raise UserError(f"{name} is fixed to {value} by --encoder or --decoder, not "
-                                f"{getattr(options, name)}")
+                raise UserError(f"{name} cannot be {getattr(options, name)}: --encoder or "
+                                f"--decoder fixes it at {value}")
             setattr(options, name, value)
         if "image_size" not in source:
             options.image_size = native_image_size(options.encoder) or options.image_size
@@ -378,8 +378,8 @@ def lr_multiplier(step, progress, options):
 
 def compile_parts(options, *models):
     """
-    torch.compile, if asked for, of all but the output head: it computes its own gradient. Raises
-    UserError if it does not work here.
+    If asked for, compiles all but the output head, which computes its own gradient. Raises
+    UserError if torch.compile does not work here.
     """
     if not options.compile:
         return
@@ -387,9 +387,8 @@ def compile_parts(options, *models):
         torch.compile(lambda x: x + 1)(models[0].mean)
     except Exception as error:  # of many kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise UserError("torch.compile, which --compile asks for, needs a working C++ compiler "
-                        f"(g++, clang or MSVC); install one, or use --compile=False ({reason})"
-                        ) from None
+        raise UserError("--compile needs a working C++ compiler (g++, clang or MSVC); install one, "
+                        f"or use --compile=False ({reason})") from None
     for model in models:
         model.encode = torch.compile(model.encode)
         model.decode = torch.compile(model.decode)
@@ -400,7 +399,7 @@ def build_model(options, data, checkpoint, resume):
     check_options(options)  # again: find_start may have changed some
     if options.image_size > data.image_size:
         raise UserError(f"image_size {options.image_size} exceeds the {data.image_size} that "
-                        f"{options.data_dir} was prepared with; train at a smaller one, or "
+                        f"{options.data_dir} was prepared with; train at a smaller size, or "
                         "prepare it with a larger --image_size")
     pattern = DECODER_PATTERNS.get(options.decoder_family)
     if options.decoder and data.meta["pattern"] != pattern:
@@ -443,7 +442,7 @@ def main():
     data = Dataset(options.data_dir)
     lock = lock_folder(options.out_dir) if rank == 0 and Path(options.out_dir).is_dir() else None
     checkpoint, resume = find_start(options, source, data, rank)
-    autocast, reason = make_autocast(options, device, source, world)
+    autocast, dtype_reason = make_autocast(options, device, source, world)
     model = build_model(options, data, checkpoint, resume).to(device)
     teacher = make_teacher(model)
     optimizer = make_optimizer(model, options)
@@ -463,7 +462,7 @@ def main():
     stop = StopSignal(options.out_dir, quiet=rank > 0)
     if rank == 0:
         lock = open_out_dir(options, state, lock, resume)
-        log_start(options, state, model, train, val, device, world, reason)
+        log_start(options, state, model, train, val, device, world, dtype_reason)
         if checkpoint and not resume:
             # if the run is killed before its first save, it resumes from these weights
             save_last(about, model, teacher, optimizer, state)

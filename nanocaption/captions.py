@@ -22,12 +22,12 @@ BAR_LINE = re.compile(r"\s*([^|]*[^|\s])\s*\|\s*\d+(?:\s*\||\s)(.*)")
 # names of CSV columns and JSON keys
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "comment", "raw", "text")
-# a text that is a list of captions in Python, JSON or NumPy, and what seems to be one
+# a list of captions written as in Python, JSON or NumPy, and what looks like one
 ITEM = r"""u?(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 LIST = re.compile(rf"\s*[\[(]\s*(?:{ITEM}(?:[\s,]+{ITEM})*[\s,]*)?[\])]\s*", re.DOTALL)
 LIKE_A_LIST = re.compile(r"""\s*[\[(]\s*u?["'].*(?:["']|None|null|nan)\s*[\])]\s*""", re.DOTALL)
-# how files begin that are not UTF-8 text, and what they are
-NO_TEXT = {
+# how files that are not UTF-8 text begin, and what they are
+NOT_TEXT = {
     rb"PK\x03\x04.*xl/workbook|\xd0\xcf\x11\xe0": "an Excel workbook; save it as CSV UTF-8",
     rb"PK\x03\x04": "a zip archive; unpack it",
     rb"\x1f\x8b": "compressed with gzip; unpack it",
@@ -40,7 +40,7 @@ NO_TEXT = {
     rb"[^\0]\0": "UTF-16; convert it with iconv -f UTF-16LE -t UTF-8",
     rb"\0[^\0]": "UTF-16; convert it with iconv -f UTF-16BE -t UTF-8",
 }
-# what captions in Western European languages have beyond ASCII
+# the non-ASCII characters of captions in Western European languages
 WESTERN = set("àáâãäåæçèéêëíîïñóôõöøùúûüœßÀÁÄÅÇÈÉÊÑÖØÜ‘’“”«»–—…•·°ºª²³½¼¾×©®™€£¡¿´")
 
 
@@ -83,7 +83,7 @@ def read_captions(path, skipped=None):
 
 
 def split_list(text):
-    """The captions in a text: its items if it is a list, None if it seems to be a damaged one."""
+    """The captions in a text: its items if it is a list, None if it looks like a damaged one."""
     if not LIST.fullmatch(text):
         return None if LIKE_A_LIST.fullmatch(text) else [text]
     with contextlib.suppress(ValueError):
@@ -100,7 +100,7 @@ def find_missing(name, texts):
     if not isinstance(name, str) or not name.strip():
         missing.append(f"no image name ({', '.join(IMAGE_COLUMNS)})")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        missing.append(f"no text as caption ({', '.join(CAPTION_COLUMNS)})")
+        missing.append(f"no caption text ({', '.join(CAPTION_COLUMNS)})")
     return " and ".join(missing)
 
 
@@ -137,7 +137,7 @@ def read_text(path):
             data = file.read()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: {error.strerror.lower()}, expected a text file") from None
-    for beginning, kind in NO_TEXT.items():
+    for beginning, kind in NOT_TEXT.items():
         if re.match(beginning, data, re.DOTALL):
             raise UserError(f"{path} is {kind}")
     if b"\0" in data:
@@ -155,7 +155,7 @@ def explain_bytes(data):
     n_bad = text.count("\ufffd")
     if len(re.sub(r"[\0-\x7f\ufffd]+", "", text)) > n_bad:
         return "a damaged character in UTF-8 text; correct or remove it"
-    # in Western languages, characters beyond ASCII stand alone
+    # in Western languages, non-ASCII characters stand alone
     high = re.findall(rb"[\x80-\xff]+", data)
     n_high = sum(map(len, high))
     for encoding in ("WINDOWS-1252", "MACINTOSH"):
@@ -167,7 +167,7 @@ def explain_bytes(data):
 
 
 def line_rows(pattern, filled):
-    """One caption a line; the groups of pattern are the image name and the caption."""
+    """One caption per line; the groups of pattern are the image name and the caption."""
     for where, line in filled:
         match = pattern.fullmatch(line)
         name, caption = match.groups() if match else (None, None)
@@ -176,8 +176,8 @@ def line_rows(pattern, filled):
 
 def csv_rows(path, lines):
     """
-    CSV (RFC 4180) with columns for the image, the caption and the split. Excel separates them with
-    tabs or semicolons, too.
+    CSV (RFC 4180) with columns for the image, the caption and the split. Excel also
+    separates them with tabs or semicolons.
     """
     header = None
     delimiter = ","
@@ -197,9 +197,9 @@ def csv_rows(path, lines):
             caption_column = find_column(CAPTION_COLUMNS, header)
             if image_column is None or caption_column is None:
                 raise UserError(
-                    f"{path}: unknown format, it begins with {line[:80]!r}; expected "
-                    "NAME.jpg#n<TAB>caption, a CSV header such as image,caption, or JSON (lines) "
-                    "with image and captions"
+                    f"{path}: unknown format (it begins with {line[:80]!r}); expected "
+                    "NAME.jpg#n<TAB>caption, a CSV header such as image,caption, or JSON or JSON "
+                    "lines with image and captions"
                 )
         elif row is None or len(row) != len(header):
             yield where, line, None, None, None
@@ -254,7 +254,7 @@ def json_rows(path, text, filled):
 
 
 def parse_json_lines(filled):
-    """The values of JSON lines. What is not JSON stays text, and thereby malformed."""
+    """The values of JSON lines. A line that is not JSON stays text, to be reported later."""
     values = []
     for _, line in filled:
         value = line
@@ -312,10 +312,10 @@ def match_names(names, paths, source=None):
     Finds names, written with or without folder and extension, among paths. Returns {name: path} of
     those that are found.
 
-    source: the folder or archive of the paths; they are then what list_images returns. A name is
-    the path that equals it, or else one that has the most last parts in common with it. A folder or
-    an extension may differ unless another name has the same last parts. Of equal files under the
-    same name, the least deep is taken; other ambiguous names raise UserError.
+    source: the folder or archive of the paths; they are then what list_images returns. A name
+    matches the path equal to it, or else the one that shares the most trailing parts with it. The
+    rest, and the extension, may differ unless another name ends in the same parts. Of identical
+    files, the least deeply nested is taken; other ambiguous names raise UserError.
     """
     rivals = Counter()
     for name in {unicodedata.normalize("NFC", name) for name in names}:
@@ -347,7 +347,7 @@ def match_names(names, paths, source=None):
             if not source or not same_bytes(source, [paths[path] for path in hits]):
                 raise UserError(
                     f"{name} may be {hits[0]} or {hits[1]}; "
-                    "write the folder (and the extension) in the captions"
+                    "include the folder (and the extension) in the caption file"
                 )
         found[name] = hits[0]
     return found

@@ -35,7 +35,7 @@ def escape(match):
 
 
 def expand_user(text):
-    """Replaces ~ by the home folder at the beginning of a path, --NAME=PATH or SPLIT=PATH."""
+    """Replaces ~ with the home folder at the beginning of a path, --NAME=PATH or SPLIT=PATH."""
     prefix, path = re.fullmatch(r"((?:[\w-]+=)*)(.*)", text, re.DOTALL).groups()
     return prefix + os.path.expanduser(path)
 
@@ -152,7 +152,7 @@ def atomic_write(path):
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        # Pillow raises an OSError that has a text only
+        # Pillow raises an OSError that has only a text
         if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise

@@ -79,7 +79,7 @@ def is_image(path):
     except OSError:
         pass
     except Exception:
-        # for a damaged image, Pillow raises anything
+        # for a damaged image, Pillow can raise anything
         return True
     try:
         with open(path, "rb") as file:
@@ -179,7 +179,7 @@ def from_array(array):
     is_float = array.dtype.kind == "f" and array.size and 0 <= array.min() <= array.max() <= 1
     has_channels = array.ndim == 3 and array.shape[2] in (1, 3, 4)
     if not (array.ndim == 2 or has_channels) or not (array.dtype == np.uint8 or is_float):
-        raise ValueError(f"an array {array.dtype} {array.shape}; expected (H, W), (H, W, 3) or "
+        raise ValueError(f"an array of {array.dtype} {array.shape}; expected (H, W), (H, W, 3) or "
                          "(H, W, 4), of uint8 or of floats from 0 to 1")
     if is_float:
         array = (array * 255).round().astype(np.uint8)
@@ -195,7 +195,7 @@ def to_array(image, size):
     is_jpeg = image.format in ("JPEG", "MPO")
     can_decode_small = is_jpeg and "progression" not in image.info
     if image.width * image.height > MAX_PIXELS and not can_decode_small:
-        raise ValueError(f"{image.width} x {image.height} pixels are too many; make it smaller")
+        raise ValueError(f"{image.width} x {image.height} pixels is too large; make it smaller")
     # large JPEGs decode faster at 1/2, 1/4 or 1/8 of their size, but never below `size`
     image.draft(None, shape)
     image.load()
@@ -417,7 +417,7 @@ def read_entry(source, entry, name):
 
 
 def same_bytes(source, entries):
-    """Whether these entries of list_images(source) hold the same; False if that is unknown."""
+    """Whether these entries of list_images(source) hold the same bytes; False if unknown."""
     first = None
     for entry in entries:
         if isinstance(entry, tuple) and entry[0] is None:

@@ -212,7 +212,7 @@ def test_a_damaged_list_is_no_caption(tmp_path, cell):
     skipped = []
     assert read_captions(tmp_path / "c.csv", skipped) == [("2.jpg", "A bird .", None)]
     assert len(skipped) == 1
-    assert "line 2: no text as caption" in skipped[0]
+    assert "line 2: no caption text" in skipped[0]
 
 
 BLIP = [
@@ -244,9 +244,9 @@ def test_records_of_blip_hugging_face_and_excel(tmp_path, text):
 
 
 @pytest.mark.parametrize("record, missing", [
-    ({"image": "1.jpg", "conversations": []}, r"no text as caption \(captions, caption, "),
+    ({"image": "1.jpg", "conversations": []}, r"no caption text \(captions, caption, "),
     ({"url": "http://x/1.jpg", "caption": "A dog ."}, r"no image name \(image, image_name, "),
-    ({"image": 7, "question": "Why?"}, r"no image name .* and no text as caption"),
+    ({"image": 7, "question": "Why?"}, r"no image name .* and no caption text"),
 ])
 def test_what_a_record_lacks_is_named(tmp_path, record, missing):
     (tmp_path / "file").write_text(json.dumps([record]))
@@ -321,9 +321,9 @@ def test_files_that_are_no_text_are_named(tmp_path, data, what):
     (b'{"image": "1.jpg", "captions": ["x"], "split": "trian"}',
      "split is 'trian', expected train"),
     (b'{"image": "1.jpg", "captions": ["\\ud83d"]}\n{"image": "1.jpg"}',
-     "record 2: no text as caption"),
+     "record 2: no caption text"),
     (b'[{"image": "1.jpg", "label": 3}]',
-     r"record 1: no text as caption \(captions, caption, comment, raw, text\)"),
+     r"record 1: no caption text \(captions, caption, comment, raw, text\)"),
     (b'[{"path": "1.jpg", "caption": "x"}]',
      r"record 1: no image name \(image, image_name, filename, file_name\)"),
 ])

@@ -313,7 +313,7 @@ def test_unreadable_images_leave_no_row_and_one_percent_is_the_limit(many, capsy
 
 
 @pytest.mark.parametrize("record, lack", [
-    ({"image": "000.png", "label": "dog"}, "no text as caption (captions, caption"),
+    ({"image": "000.png", "label": "dog"}, "no caption text (captions, caption"),
     ({"path": "000.png", "caption": "A dog"}, "no image name (image, image_name"),
 ])
 def test_no_usable_caption(many, capsys, record, lack):
@@ -369,7 +369,7 @@ def test_lists(source, capsys):
 def test_without_a_usable_caption_the_first_record_is_explained(source, capsys):
     write_jsonl(source / "captions.jsonl", [{"image": "1.jpg", "question": "Why?"}] * 2)
     error = fails(capsys, *arguments(source, split_files=None))
-    assert "record 1: no text as caption" in error and "0 names" not in error
+    assert "record 1: no caption text" in error and "0 names" not in error
     lines = (source / "out/skipped.txt").read_text().splitlines()
     assert len(lines) == 2 and lines[0].startswith("caption\t")
 

@@ -614,7 +614,7 @@ def test_a_local_folder_and_its_weights_are_recognized(parts, tmp_path, monkeypa
 
         rewrite(path.parent, change)
         kind = "encoder" if part == "vit" else "decoder"
-        message = f"the {kind}'s weights in {path.parent} are not those"
+        message = f"the {kind}'s weights in {path.parent} are not the ones"
         done = run("sample.py", "--image", parts / "images/0.png", "--out_dir", out, check=False)
         one_line_error(done, 2, message)
         done = train_parts(parts, out, *frozen, "--init_from=resume", "--max_iters=3", check=False)
@@ -719,7 +719,7 @@ def test_the_first_loss_is_the_language_models_own(parts, tmp_path, monkeypatch)
 @pytest.mark.parametrize("changed, message", [
     (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"),
     (["--encoder=dev/none"], "neither a folder"),
-    (["--n_embd=64"], "n_embd is fixed to 32 by"),
+    (["--n_embd=64"], "--decoder fixes it at 32"),
     (["--lr_scale=encoder"], "PATTERN=FACTOR"),
     (["--decoder=", "--lora_rank=2"], "lora_rank needs a pretrained decoder"),
     (["--lora_rank=2", "--lora_targets=nothing"], "matches no linear layer"),

@@ -379,7 +379,7 @@ def test_what_init_from_refuses(data, tmp_path):
     (weights / "best.pt").write_bytes(found)
     one_line_error(start(data, weights, check=False), 2, "best.pt exists", "--force")
     done = start(data, weights, "--init_from=resume", check=False)
-    one_line_error(done, 2, "nothing to resume from", "fine-tunes")
+    one_line_error(done, 2, "cannot resume from", "fine-tunes")
     assert (weights / "best.pt").read_bytes() == found
     done = start(data, out, "--init_from=resume", "--n_embd=64", check=False)
     one_line_error(done, 2, "n_embd is 64 here but 32 in the checkpoint")
