@@ -28,7 +28,7 @@ class ModelOptions:
     word_dropout may differ). train.py takes each field as --name=value.
     """
     image_size: int = 128       # input resolution; images of any other size are resized to it
-    patch_size: int = 16        # pixels per side
+    patch_size: int = 16        # side of a patch, in pixels
     n_layer_encoder: int = 4    # encoder blocks
     n_layer_decoder: int = 3    # decoder blocks
     n_head: int = 4             # attention heads
@@ -40,7 +40,7 @@ class ModelOptions:
     n_query: int = 0            # pool the patches into this many learned queries (0: no pooling)
     local_conv: bool = False    # a depthwise 3x3 convolution before each encoder block
     unigram: float = 0.0        # weight of a loss that predicts tokens from the mean patch
-    dropout: float = 0.0        # on embeddings and on the output of each sub-layer
+    dropout: float = 0.0        # rate, on embeddings and on the output of each sub-layer
     word_dropout: float = 0.0   # probability of hiding an input token in training
     encoder_family: str = "own"  # set by --encoder
     decoder_family: str = "own"  # set by --decoder

@@ -64,7 +64,7 @@ def parse_args():
         help="print a line of JSON per image: image, captions (text, logprob), references")
     add("--sheet", metavar="PNG", help="write a contact sheet of the images and captions")
     add("--attention", metavar="PNG",
-        help="write where each word looked: the image with the attention of each word over it "
+        help="draw where each word looked: the image with each word's attention over it "
              "(beam search only)")
     args = parser.parse_args()
     if args.beam and args.num_samples > 1:
