@@ -272,9 +272,13 @@ class HybridEncoder(Encoder):
                              f"has {len(network.blocks)} blocks")
 
     def features(self, images):
+        # the first layers' activations are large: on CPUs, two images at a time are as fast, and
+        # serve.py's memory does not grow
+        n = 2 if images.device.type == "cpu" else len(images)
         # without autocast, as when features are computed for storage
         with torch.autocast(images.device.type, enabled=False):
-            x = self.network.first(images.float(), self.n_frozen)
+            parts = images.float().split(n)
+            x = torch.cat([self.network.first(part, self.n_frozen) for part in parts])
         return x.flatten(2).transpose(1, 2)  # (B, places, channels)
 
     def head(self, features):

@@ -11,6 +11,10 @@ kind are not counted.
 import json
 import re
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nanocaption.cli import Parser, run
 
 MALE = "man men boy boys guy guys male gentleman he his him"
 FEMALE = "woman women girl girls lady ladies female she her"
@@ -64,8 +68,14 @@ def count(records, find):
 
 def main():
     """See the top of this file."""
-    with open(sys.argv[1], encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
+    parser = Parser(description=__doc__)
+    parser.add_argument("captions", help="what sample.py --json printed")
+    path = parser.parse_args().captions
+    try:
+        with open(path, encoding="utf-8") as file:
+            records = [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        parser.error(f"{path}: not sample.py's JSON lines ({error})")
     for name, find in (("gender", gender), ("age", age), ("clothes", clothes), ("skin", skin)):
         told, wrong = count(records, find)
         print(f"{name:8} {told:4} captions, {wrong:3} contradict the references")
@@ -84,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

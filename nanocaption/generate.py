@@ -9,8 +9,6 @@ from nanocaption.precision import autocast
 # images encoded at a time: kernels for larger batches round differently, and in bfloat16 that
 # changes one caption in 25
 ENCODE_BATCH = 8
-# on a CPU, where more are hardly faster; serve.py's memory grows with the largest activations
-CPU_ENCODE_BATCH = 2
 
 
 def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, seed=0,
@@ -60,9 +58,8 @@ def encode_images(captioner, images):
     """uint8 images (N, S, S, 3) with any S -> what the decoder attends to, a tensor (N, n, C)."""
     device = captioner.model.mean.device
     images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    size = CPU_ENCODE_BATCH if device.type == "cpu" else ENCODE_BATCH
     with torch.no_grad(), autocast(device, captioner.dtype):
-        encoded = [captioner.model.encode(batch) for batch in images.split(size)]
+        encoded = [captioner.model.encode(batch) for batch in images.split(ENCODE_BATCH)]
     return torch.cat(encoded)
 
 
