@@ -130,15 +130,15 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Cross-attention: from words to the image, or from pooling queries to its patches."""
 
-    def __init__(self, n_embd, n_head, n_image):
+    def __init__(self, n_embd, n_head, image_width):
         super().__init__()
         self.n_head = n_head
         self.q = nn.Linear(n_embd, n_embd)
-        self.kv = nn.Linear(n_image, 2 * n_embd)
+        self.kv = nn.Linear(image_width, 2 * n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
     def keys_values(self, image):
-        """(B, N, n_image) -> keys and values, (B, H, N, D) each, computed once per image"""
+        """(B, N, image_width) -> keys and values, (B, H, N, D) each, computed once per image"""
         k, v = self.kv(image).chunk(2, dim=-1)
         return split_heads(k, self.n_head), split_heads(v, self.n_head)
 
@@ -166,15 +166,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. If n_image > 0, it cross-attends to vectors of that width."""
+    """A pre-norm transformer block. With cross_width, it cross-attends to vectors of that width."""
 
-    def __init__(self, n_embd, n_head, dropout, n_image=0):
+    def __init__(self, n_embd, n_head, dropout, cross_width=0):
         super().__init__()
         self.norm1 = nn.LayerNorm(n_embd)
         self.attention = SelfAttention(n_embd, n_head)
-        if n_image:
+        if cross_width:
             self.norm_cross = nn.LayerNorm(n_embd)
-            self.cross = CrossAttention(n_embd, n_head, n_image)
+            self.cross = CrossAttention(n_embd, n_head, cross_width)
         self.norm2 = nn.LayerNorm(n_embd)
         self.mlp = MLP(n_embd)
         self.dropout = Dropout(dropout)
@@ -378,16 +378,16 @@ class Captioner(nn.Module):
                              f"{self.n_prefix} prefix tokens")
 
         C = options.n_embd
-        n_image = options.encoder_width
-        n_cross = 0 if options.bridge == "prefix" else n_image
+        image_width = options.encoder_width
+        cross_width = 0 if options.bridge == "prefix" else image_width
         self.wte = nn.Embedding(vocab_size, C)  # also the output head
         self.wpe = nn.Embedding(options.block_size, C)
         if self.n_prefix:
-            self.prefix = nn.Linear(n_image, C)
+            self.prefix = nn.Linear(image_width, C)
         if options.unigram:
-            self.unigram = nn.Linear(n_image, C)
+            self.unigram = nn.Linear(image_width, C)
         self.dropout = Dropout(options.dropout)
-        self.blocks = nn.ModuleList(block(C, options.n_head, options.dropout, n_cross)
+        self.blocks = nn.ModuleList(block(C, options.n_head, options.dropout, cross_width)
                                     for _ in range(options.n_layer_decoder))
         self.norm = nn.LayerNorm(C)
         self.init_weights(self.named_parameters())

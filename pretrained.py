@@ -457,8 +457,8 @@ class FalconAttention(nn.Module):
 class FalconBlock(Block):
     """Attention and MLP in parallel, after the cross-attention that we add."""
 
-    def __init__(self, n_embd, n_head, dropout, n_image=0):
-        super().__init__(n_embd, n_head, dropout, n_image)
+    def __init__(self, n_embd, n_head, dropout, cross_width=0):
+        super().__init__(n_embd, n_head, dropout, cross_width)
         self.attention = FalconAttention(n_embd, n_head)
         del self.norm2
 
