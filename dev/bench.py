@@ -62,6 +62,7 @@ VOCAB_SIZE = 8192
 GPT2_VOCAB_SIZE = 50257
 PAIR_TOKENS = 24  # with EOT, of each caption in the batch of pairs
 N_PRODUCTS = 8  # matrix products that are timed at once
+MATRIX_SIZE = {"cpu": 1536, "mps": 1536, "cuda": 8192}  # rows and columns of their matrices
 METHODS = {"encoder only": 0, "greedy": 1, "beam 3": 3}  # of captioning, with the beam
 CAPTION_TOKENS = 12  # without EOT, of each caption that is generated
 # of 1,000 captions of Flickr8k, the number with 0, 1, 2, ... words, periods included
@@ -418,7 +419,7 @@ def bench_train(options, batches, device, with_peer, rounds):
 
 def bench_batch(options, data, device, with_peer, rounds):
     """{row: {column: number}} for one batch: our variants and the peers, in both dtypes."""
-    side = 8192 if device.type == "cuda" else 1536
+    side = MATRIX_SIZE[device.type]
     functions = {}
     flops = {}
     for dtype in DTYPES:

@@ -29,14 +29,17 @@ def pick_dtype(name, device):
         return torch.float32, "this GPU has no bfloat16"
     if device.type != "cpu":
         return torch.float32, f"the default on {device.type}"
-    speedup = product_seconds(torch.float32) / product_seconds(torch.bfloat16)
+    for size in (128, 512):
+        speedup = product_seconds(torch.float32, size) / product_seconds(torch.bfloat16, size)
+        if speedup < 0.5:  # emulated: larger products could take a second
+            return torch.float32, "bfloat16 is slow on this CPU"
     dtype = torch.bfloat16 if speedup >= FASTER else torch.float32
     return dtype, f"bfloat16 matmuls are {speedup:.1f}x as fast as float32"
 
 
-def product_seconds(dtype):
-    """The shortest time of a few 512 x 512 products on the CPU."""
-    a = torch.ones(512, 512, dtype=dtype)
+def product_seconds(dtype, size):
+    """The shortest time of a few size x size products on the CPU."""
+    a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()

@@ -15,6 +15,7 @@ CPU = torch.device("cpu")
 def test_training_and_captioning_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "VOCAB_SIZE", 300)
     monkeypatch.setattr(bench, "N_PRODUCTS", 1)
+    monkeypatch.setattr(bench, "MATRIX_SIZE", {"cpu": 128})
     monkeypatch.setattr(bench, "RUN_STEPS", 2)
     monkeypatch.setattr(bench, "METHODS", {"encoder only": 0, "beam 3": 3})
     options = train.Options(**TINY, batch_size=4, max_iters=1, local_conv=True, unigram=1.0)
@@ -25,7 +26,10 @@ def test_training_and_captioning_are_measured(tmp_path, monkeypatch):
     for dtype in ("float32", "bfloat16"):
         for rows in steps:
             for variant in bench.VARIANTS:
-                assert 0 < rows[f"{variant}, {dtype}"]["of matmul"] < 1
+                row = rows[f"{variant}, {dtype}"]
+                rate = rows[f"matmul, {dtype}"]["GFLOP/s"]
+                assert row["of matmul"] == pytest.approx(row["GFLOP/s"] / rate)
+                assert row["of matmul"] > 0
         # its batch is the first one: 4 images with 5 captions each
         row = runs[f"train.py, {dtype}"]
         assert row["captions/s"] == pytest.approx(5 * row["images/s"])

@@ -172,9 +172,16 @@ def test_overfits_a_few_dozen_images():
 # precision
 
 def timed(monkeypatch, float32, bfloat16):
-    """Pretends that products take these seconds."""
+    """Pretends that products take these seconds. Returns the sizes of those that were timed."""
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(precision, "product_seconds", lambda dtype: seconds[dtype])
+    sizes = set()
+
+    def product_seconds(dtype, size):
+        sizes.add(size)
+        return seconds[dtype]
+
+    monkeypatch.setattr(precision, "product_seconds", product_seconds)
+    return sizes
 
 
 def test_cpus_use_bfloat16_where_it_is_faster(monkeypatch):
@@ -185,6 +192,10 @@ def test_cpus_use_bfloat16_where_it_is_faster(monkeypatch):
     timed(monkeypatch, 1.0, 1.0)
     dtype, reason = precision.pick_dtype("auto", cpu)
     assert dtype == torch.float32 and "1.0x" in reason
+    sizes = timed(monkeypatch, 1.0, 40.0)
+    dtype, reason = precision.pick_dtype("auto", cpu)
+    assert dtype == torch.float32 and "slow" in reason
+    assert sizes == {128}  # large products would take a second where bfloat16 is emulated
     assert precision.pick_dtype("bfloat16", cpu)[0] == torch.bfloat16
     assert precision.pick_dtype("float32", cpu)[0] == torch.float32
     with pytest.raises(UserError, match="float16"):
