@@ -61,7 +61,7 @@ def signature(path):
     if os.path.isdir(path):
         stats = []
         for file in list_folder(path).values():
-            # of a broken link, the link's own
+            # for a broken link, the stat of the link itself
             stats.append(os.stat(file, follow_symlinks=os.path.exists(file)))
         size = sum(stat.st_size for stat in stats)
         return [len(stats), size, max((stat.st_mtime_ns for stat in stats), default=0)]
@@ -124,7 +124,8 @@ def read_all_captions(files, skipped):
                 name = os.path.abspath(beside).replace(os.sep, "/")
             split = given or split
             if splits.setdefault(name, split) != split:
-                raise UserError(f"{path}: {name} is in two splits, {splits[name]} and {split}")
+                both = f"{splits[name] or 'none'} and {split or 'none'}"
+                raise UserError(f"{path}: {name} is in two splits, {both}; give it one")
             captions[name].append(text)
         skipped += [("caption", line) for line in malformed]
     return captions, splits

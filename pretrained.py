@@ -279,7 +279,7 @@ class HybridEncoder(Encoder):
         # the first layers' activations are large: on CPUs, two images at a time are as fast, and
         # serve.py's memory does not grow
         n = 2 if images.device.type == "cpu" else len(images)
-        # without autocast, as when features are computed for storage
+        # without autocast, so that they equal stored features
         with torch.autocast(images.device.type, enabled=False):
             parts = images.float().split(n)
             x = torch.cat([self.network.first(part, self.n_frozen) for part in parts])
@@ -413,8 +413,8 @@ FALCON_NAMES = {
 
 def rotate(x, position):
     """
-    Rotary position embedding (RoPE, arXiv 2104.09864) of x (B, H, T, D), with position int64 (T,)
-    or (B, 1, T).
+    Rotary position embedding (RoPE, arXiv 2104.09864) of x (B, H, T, D); position: int64 (T,) or
+    (B, 1, T).
     """
     D = x.size(-1)
     frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
