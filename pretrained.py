@@ -279,7 +279,7 @@ class HybridEncoder(Encoder):
         # the first layers' activations are large: on CPUs, two images at a time are as fast, and
         # serve.py's memory does not grow
         n = 2 if images.device.type == "cpu" else len(images)
-        # without autocast, so that they equal stored features
+        # without autocast, as stored features are computed
         with torch.autocast(images.device.type, enabled=False):
             parts = images.float().split(n)
             x = torch.cat([self.network.first(part, self.n_frozen) for part in parts])
