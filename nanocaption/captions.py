@@ -22,7 +22,7 @@ BAR_LINE = re.compile(r"\s*([^|]*[^|\s])\s*\|\s*\d+(?:\s*\||\s)(.*)")
 # names of CSV columns and JSON keys
 IMAGE_COLUMNS = ("image", "image_name", "filename", "file_name")
 CAPTION_COLUMNS = ("captions", "caption", "comment", "raw", "text")
-# a list of captions written as in Python, JSON or NumPy, and what looks like one
+# a list of captions written as in Python, JSON or NumPy, and what looks like a damaged one
 ITEM = r"""u?(?:"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')"""
 LIST = re.compile(rf"\s*[\[(]\s*(?:{ITEM}(?:[\s,]+{ITEM})*[\s,]*)?[\])]\s*", re.DOTALL)
 LIKE_A_LIST = re.compile(r"""\s*[\[(]\s*u?["'].*(?:["']|None|null|nan)\s*[\])]\s*""", re.DOTALL)
@@ -83,7 +83,7 @@ def read_captions(path, skipped=None):
 
 
 def split_list(text):
-    """The captions in a text: its items if it is a list, None if it looks like a damaged one."""
+    """A text -> [text], or its items if it is a list, or None if it looks like a damaged list."""
     if not LIST.fullmatch(text):
         return None if LIKE_A_LIST.fullmatch(text) else [text]
     with contextlib.suppress(ValueError):
@@ -95,7 +95,7 @@ def split_list(text):
 
 
 def find_missing(name, texts):
-    """What a row lacks, an image name or a list of captions or both; "" for nothing."""
+    """What a row lacks, an image name or a list of captions or both; "" if it has both."""
     missing = []
     if not isinstance(name, str) or not name.strip():
         missing.append(f"no image name ({', '.join(IMAGE_COLUMNS)})")
@@ -106,7 +106,8 @@ def find_missing(name, texts):
 
 # ------------------------------------------------------------------------------------------------
 # formats: each reader yields (where, the line or record itself, image name, captions, split), with
-# None for what is missing or malformed
+# None for what is missing or malformed. For a new format, write a reader that read_rows calls, or
+# for a layout of JSON extend to_records.
 
 
 def read_rows(path):
@@ -114,19 +115,19 @@ def read_rows(path):
     text = read_text(path)
     # not splitlines(), which would also split at U+2028
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    filled = []
+    nonblank = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            filled.append((f"line {number}", line))
-    if not filled:
+            nonblank.append((f"line {number}", line))
+    if not nonblank:
         raise UserError(f"{path}: empty, expected captions")
-    first = filled[0][1].lstrip()
+    first = nonblank[0][1].lstrip()
     if first[0] in "{[":
-        return json_rows(path, text, filled)
-    if any(TOKEN_LINE.match(line) for _, line in filled[:20]):
-        return line_rows(TOKEN_LINE, filled)
+        return json_rows(path, text, nonblank)
+    if any(TOKEN_LINE.match(line) for _, line in nonblank[:20]):
+        return line_rows(TOKEN_LINE, nonblank)
     if first.lower().replace(" ", "") == BAR_HEADER:
-        return line_rows(BAR_LINE, filled[1:])
+        return line_rows(BAR_LINE, nonblank[1:])
     return csv_rows(path, lines)
 
 
@@ -155,7 +156,7 @@ def explain_bytes(data):
     n_bad = text.count("\ufffd")
     if len(re.sub(r"[\0-\x7f\ufffd]+", "", text)) > n_bad:
         return "a damaged character in UTF-8 text; correct or remove it"
-    # in Western languages, non-ASCII characters stand alone
+    # in Western languages, non-ASCII characters are rarely adjacent
     high = re.findall(rb"[\x80-\xff]+", data)
     n_high = sum(map(len, high))
     for encoding in ("WINDOWS-1252", "MACINTOSH"):
@@ -166,9 +167,9 @@ def explain_bytes(data):
             "saved in, such as GB18030, SHIFT_JIS or WINDOWS-1251")
 
 
-def line_rows(pattern, filled):
+def line_rows(pattern, nonblank):
     """One caption per line; the groups of pattern are the image name and the caption."""
-    for where, line in filled:
+    for where, line in nonblank:
         match = pattern.fullmatch(line)
         name, caption = match.groups() if match else (None, None)
         yield where, line, name, caption, None
@@ -176,8 +177,8 @@ def line_rows(pattern, filled):
 
 def csv_rows(path, lines):
     """
-    CSV (RFC 4180) with columns for the image, the caption and the split. Excel also
-    separates them with tabs or semicolons.
+    CSV (RFC 4180) with columns for the image, the caption and perhaps the split. They are separated
+    by commas, semicolons or tabs, all of which Excel writes.
     """
     header = None
     delimiter = ","
@@ -213,7 +214,7 @@ def parse_csv(lines, delimiter):
     """
     The first row of some lines, and the number of lines it takes up; (None, 1) if there is none.
 
-    A quoted field may contain line ends, but a stray quote would swallow the lines after it. So
+    A quoted field may contain line breaks, but a stray quote would swallow the lines after it. So
     the row is the smallest number of lines that form one.
     """
     for count in range(1, len(lines) + 1):
@@ -231,12 +232,12 @@ def find_column(names, header):
     return None
 
 
-def json_rows(path, text, filled):
+def json_rows(path, text, nonblank):
     """JSON in any of the known layouts, or JSON lines."""
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        data = parse_json_lines(filled)
+        data = parse_json_lines(nonblank)
         if not any(isinstance(value, dict) for value in data):
             raise UserError(f"{path}: neither JSON nor JSON lines ({error})") from None
     try:
@@ -253,10 +254,10 @@ def json_rows(path, text, filled):
         yield where, record, name, captions, record.get("split")
 
 
-def parse_json_lines(filled):
+def parse_json_lines(nonblank):
     """The values of JSON lines. A line that is not JSON stays text, to be reported later."""
     values = []
-    for _, line in filled:
+    for _, line in nonblank:
         value = line
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
@@ -312,12 +313,12 @@ def match_names(names, paths, source=None):
     Finds names, written with or without folder and extension, among paths. Returns {name: path} of
     those that are found.
 
-    source: the folder or archive of the paths; they are then what list_images returns. A name
-    matches the path equal to it, or else the one that shares the most trailing parts with it. The
-    rest, and the extension, may differ unless another name ends in the same parts. Of identical
-    files, the least deeply nested is taken; other ambiguous names raise UserError.
+    source: the folder or archive, if paths is its list_images. A name matches the path equal to it,
+    or else the one that shares the most trailing parts with it. The parts before them, and the
+    extension, may differ unless another name ends in the same parts. Of identical files, the least
+    deeply nested is taken; other ambiguous names raise UserError.
     """
-    rivals = Counter()
+    rivals = Counter()  # tail -> how many names end in it
     for name in {unicodedata.normalize("NFC", name) for name in names}:
         rivals.update(tails(name))
     root = f"{os.path.abspath(source)}/".replace(os.sep, "/") if source else ""
@@ -336,6 +337,7 @@ def match_names(names, paths, source=None):
         tail = next((tail for tail in tails(name) if tail in by_tail), None)
         hits = by_tail.get(tail, [])
         same_file = [path for path in hits if file_name(path) == file_name(name)]
+        # the whole name matches
         agrees = tail == whole and (same_file or not has_image_extension(name))
         if not hits or (rivals[tail] > 1 and not agrees):
             continue

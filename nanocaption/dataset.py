@@ -1,5 +1,5 @@
 """
-A prepared folder, data/NAME: images and captions as binaries that are memory-mapped for training.
+A prepared folder, data/NAME: images and captions in binary files that training memory-maps.
 
 SPLIT_images.bin     uint8 (N, S, S, 3)   images, resized to S x S
 SPLIT_tokens.bin     uint16 (T,)          the tokens of all captions, each caption followed by EOT
@@ -9,6 +9,7 @@ SPLIT.jsonl          text                 {"image": file name, "captions": [...]
 tokenizer.tiktoken   text                 the tokens, in tiktoken's format
 token_ids.bin        int64                the tokens' ids in a pretrained decoder, if they have any
 meta.json            text                 sizes, counts, mean and std; written last
+skipped.txt          text                 the images and captions that could not be used, if any
 """
 import array
 import contextlib
@@ -39,7 +40,7 @@ class Dataset:
 
     meta: meta.json's dict. splits: {name: {"images": count, "captions": count, "tokens": count,
     "longest": tokens of the longest caption}}. vocab_size includes EOT. mean, std: 3 floats each,
-    of training pixels in 0..1. fingerprint: a hash of everything that training depends on.
+    of training pixels in 0..1. fingerprint: a hash of names, captions, tokenizer, mean and std.
     """
 
     def __init__(self, data_dir):
@@ -168,7 +169,7 @@ class Split:
         """A memory map of SPLIT_what.bin."""
         path = f"{self.path}_{what}.bin"
         try:
-            # asarray: slices of a plain array are much faster than those of a np.memmap
+            # asarray: slices of a plain array are much faster than those of an np.memmap
             return np.asarray(np.memmap(path, dtype, "r", shape=shape))
         except (FileNotFoundError, ValueError) as error:
             raise damaged(path, error) from None
@@ -177,8 +178,8 @@ class Split:
 def flickr_hash(name):
     """
     A hash, int64, of the Flickr id at the start of an image's name: 1000268201 in
-    1000268201_693b08cb0e.jpg or 1000268201.jpg. None if there is none. Ids have at least five
-    digits and no leading zero.
+    1000268201_693b08cb0e.jpg or 1000268201.jpg. None if there is none. It shows which photos two
+    datasets share. Ids have at least five digits and no leading zero.
     """
     found = re.match(r"([1-9][0-9]{4,})[_.]", os.path.basename(name))
     if not found:
@@ -296,7 +297,7 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     encoding = make_tokenizer(ranks, pattern)
     if encoding.n_vocab > 2**16:
         raise UserError(
-            f"the tokenizer has {encoding.n_vocab:,} tokens; at most {2**16:,} fit into uint16"
+            f"the tokenizer has {encoding.n_vocab:,} tokens; at most {2**16:,} fit in uint16"
         )
     write_file(f"{out_dir}/tokenizer.tiktoken", ranks_to_text(ranks))
     if ids:

@@ -17,7 +17,7 @@ IMAGE_BYTES = 2**27  # larger than any image file
 IMAGE_SECONDS = 60  # to download an image
 USER_AGENT = "nanoCaption"  # some servers refuse the default of requests
 TRIES = 8  # attempts in a row that receive nothing new
-WAIT = 2.0  # seconds before the second attempt, doubled before each further one
+WAIT = 2.0  # seconds before the next attempt, doubled for each that received nothing new
 
 
 def is_url(text):
@@ -134,7 +134,7 @@ def download(url, path, token=None):
 
 
 def transfer(url, path, token):
-    """Retries until path is complete."""
+    """Downloads url to path, trying again after failures; see download."""
     import requests
     retryable = (
         ConnectionError,
@@ -215,7 +215,8 @@ def receive(reply, url, part, have, have_tag):
     free = shutil.disk_usage(os.path.dirname(os.path.abspath(part))).free
     if length > free:
         raise OSError(
-            f"{url}: needs {length / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free up some space"
+            f"{url}: needs {length / 1e9:.1f} GB, but only {free / 1e9:.1f} GB is free; "
+            "free up some space"
         )
     if tag:
         with atomic_write(f"{part}.tag") as file:
@@ -240,14 +241,14 @@ def refused(reply, url, part):
     path = part.removesuffix(".part")
     hint = f"use a mirror or put the file at {path} yourself"
     if status in (401, 403):
-        hint = f"if it needs a login, set HF_TOKEN to your access token; else {hint}"
+        hint = f"if it needs a login, set HF_TOKEN to your access token; otherwise {hint}"
     error = OSError(f"{url}: HTTP {status} {reply.reason}; {hint}")
     error.status = status
     return error
 
 
 def file_size(path):
-    """In bytes; 0 if there is no such file."""
+    """The size of a file in bytes; 0 if there is no such file."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 

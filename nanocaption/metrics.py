@@ -16,7 +16,8 @@ N_TRIED = 100  # images that they are tried on
 # -----------------------------------------------------------------------------
 # words
 
-# Abbreviations keep their period: always, only if capitalized, only before a number.
+# abbreviations, which keep their period: these always, CAPITAL only if capitalized, NUMBERED only
+# before a number
 ABBREVIATIONS = """
     jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms
     messrs mme mlle dr drs prof profs sr jr st ste ave blvd rd mt ft ct sq bldg vs etc inc ltd
@@ -54,6 +55,7 @@ A = "['’]"                 # an apostrophe
 L = rf"[^\s\d{SYMBOLS}]"   # a letter or mark
 W = rf"[^\s{SYMBOLS}]"     # a letter, mark or digit
 P = rf"[^\W{SYMBOLS}]"     # a letter or digit
+# THING (Stanford's name): a part of a hyphenated word. END: the word does not go on
 THING = rf"(?:(?:[dlo]{A}{L}|\d+(?:[.,:]\d+)+(?=-{L})){P}*|{P}+)"
 END = rf"(?!{W}|-{W}|{A}{L})"
 
@@ -143,7 +145,7 @@ def ngrams(words):
 def document_frequencies(references):
     """
     references: for each image a list of captions, each a list of words. Returns a Counter (of how
-    many images' captions contain each n-gram) and the number of images. Pass both to
+    many images' captions contain each n-gram) and the number of images. Pass this pair to
     cider_references to let other captions, such as train's, decide which n-grams are rare.
     """
     counts = Counter()
@@ -156,7 +158,7 @@ def document_frequencies(references):
 
 
 def tf_idf(words, frequencies):
-    """A caption's {n-gram: weight}, their norm for each n, and the number of its bigrams."""
+    """A caption's {n-gram: weight}, their norm for each n, and its length, counted in bigrams."""
     documents, n_documents = frequencies
     weights = {}
     squares = [0.0] * 4
@@ -171,7 +173,7 @@ def tf_idf(words, frequencies):
 def cider_references(references, frequencies=None):
     """
     Prepares references, for each image one or more lists of words, for cider. frequencies: from
-    document_frequencies; None counts in these references. Raises ValueError if an image has none.
+    document_frequencies, by default of these references. Raises ValueError if an image has none.
     """
     if not references or not all(references):
         raise ValueError("every image needs a reference caption")
@@ -202,7 +204,7 @@ def mean_similarity(caption, references):
 
 
 def similarity(caption, reference):
-    """CIDEr-D's similarity of two captions from tf_idf: cosines, less a penalty for length."""
+    """CIDEr-D's similarity of two captions from tf_idf: cosines times a penalty for length."""
     weights, norms, length = caption
     reference_weights, reference_norms, reference_length = reference
     products = [0.0] * 4
@@ -297,8 +299,8 @@ def common_length(a, b):
 
 def score_all(words, references, prepared=None):
     """
-    All scores of the captions, as a dict. words, references: as for bleu; prepared: from
-    cider_references, or None to prepare the references here.
+    All scores of the captions, as a dict; distinct is the fraction of different captions. words,
+    references: as for bleu; prepared: from cider_references, or None to prepare them here.
     """
     if prepared is None:
         prepared = cider_references(references)
@@ -329,7 +331,7 @@ def baselines(references, prepared, seed=0):
 def cider_baselines(references, prepared, seed=0):
     """
     CIDEr of the same three in a tenth of the time: {"human", "chance", "constant"}, floats or None.
-    That of humans is about 0.01 higher than by baselines, because n-grams are counted in all
+    That of humans is about 0.01 higher than from baselines, because n-grams are counted in all
     references, including the one that is scored.
     """
     chance, constant = blind_captions(references, prepared, seed)
@@ -362,8 +364,8 @@ def human_scores(references):
 
 def blind_captions(references, prepared, seed):
     """
-    Captions from someone who has not seen the images, each a list of words for each image: a random
-    reference of another image, or None if there is one image only; the same caption for all.
+    Two lists of captions made without seeing the images: for each image a random reference of
+    another one (None if there is only one image), and the same caption for all.
     """
     rng = np.random.default_rng(seed)
     chance = other_captions(references, rng) if len(references) > 1 else None

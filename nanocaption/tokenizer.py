@@ -17,13 +17,13 @@ from nanocaption.cli import UserError
 GPT2_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
-# Falcon's: punctuation apart from the space before it, digits in threes
+# Falcon's: punctuation is split from the space before it, and digits are grouped in threes
 FALCON_PATTERN = (
     r"[!-/:-@\[-`{-~\p{P}]++|\p{Nd}{3}|\p{Nd}{1,2}|\p{N}++| ?\p{L}++"
     r"| ?[^\s\p{L}\p{N}\p{P}!-/:-@\[-`{-~]++|\s++$|\s+(?!\S)|\s"
 )
 DECODER_PATTERNS = {"gpt2": GPT2_PATTERN, "falcon": FALCON_PATTERN}  # by decoder_family
-# by the types of the pre-tokenizers in tokenizer.json
+# keyed by the types of the pre-tokenizers in tokenizer.json
 HUB_PATTERNS = {
     "ByteLevel": GPT2_PATTERN,
     "Punctuation ByteLevel Digits Split": FALCON_PATTERN,
@@ -42,9 +42,9 @@ def train_bpe(texts, vocab_size):
     Returns list[bytes], the tokens by rank, starting with the 256 single bytes. There are at most
     vocab_size - 1, because EOT is added to them; fewer if no further pair occurs twice.
 
-    Words are always split as tiktoken splits them: a candidate is the concatenation of any two
-    neighbors, and after each new token the words that contain it are merged again by rank. So
-    encoding gives exactly the tokens of training.
+    Unlike in the paper, a candidate is a byte string, whichever two neighbors form it. After each
+    new token, tiktoken's rule is applied again to the words that contain it, so that encoding gives
+    exactly the tokens of training.
     """
     texts = list(texts)
     split = word_pattern(texts)
@@ -108,7 +108,7 @@ def word_pattern(texts):
 def apply_merges(parts, ranks, made=None):
     """
     Merges list[bytes] by tiktoken's rule: always the two neighbors whose token has the lowest rank,
-    the leftmost first. made: a set that receives all tokens on the way.
+    the leftmost first. made: a set to which the token of each merge is added.
     """
     parts = list(parts)
     while True:
@@ -127,9 +127,9 @@ def apply_merges(parts, ranks, made=None):
 
 def keep_used(ranks, pattern, texts):
     """
-    The tokens to keep in a vocabulary reduced to these texts: those that the texts use, those on
-    the way to them, and the single bytes. The texts are encoded as before (except for the ids), and
-    any other text can still be encoded.
+    The tokens to keep in a vocabulary reduced to these texts: those that the texts use, those that
+    are merged on the way to them, and the single bytes. The texts are encoded as before (except for
+    the ids), and any other text can still be encoded.
 
     ranks: list[bytes] by rank. Returns the ranks to keep, list[int] in ascending order.
     """
@@ -256,7 +256,7 @@ def read_checkpoint_tokenizer(path):
 def read_hub_tokenizer(path):
     """
     Reads the tokenizer.json of a byte-level BPE such as GPT-2's or Falcon's, or the older pair of
-    vocab.json and merges.txt. Returns (list[bytes] by rank, pattern, the tokens' ids there with
+    vocab.json and merges.txt. Returns (list[bytes] by rank, pattern, the tokens' ids in the file,
     that of <|endoftext|> last). Raises UserError for other kinds of tokenizers.
     """
     download.check_no_pointer(path)

@@ -23,8 +23,8 @@ SAFETENSORS_DTYPES = {
 
 def absolute_source(source):
     """
-    What --encoder or --decoder names, with a local folder or file by its absolute path, so that it
-    is found from any folder. Names on the hub and of EfficientNets stay as they are.
+    The value of --encoder or --decoder with any local path made absolute, so that it is found from
+    any folder. Names of models on the hub and of EfficientNets stay as they are.
     """
     name, colon, path = "", "", source
     if source.startswith("efficientnet"):
@@ -37,8 +37,8 @@ def absolute_source(source):
 
 def fetch_model(source):
     """
-    A model's folder, as a Path: source itself, or data/weights/NAME, where the model of that name
-    on the hub is downloaded to. Raises UserError if there is none.
+    A model's folder, as a Path: source itself, or data/weights/NAME, to which the model of that
+    name is downloaded from the hub. Raises UserError if there is none.
     """
     if os.path.isdir(source):
         return Path(source)
@@ -101,7 +101,7 @@ def read_index(path):
         raise UserError(f"{path} has no weight_map")
     for file in files.values():
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*", file):
-            raise UserError(f"{path}: {file!r} is not the name of a file")
+            raise UserError(f"{path}: {file!r} is not a file name")
     return sorted(set(files.values()))
 
 
@@ -150,8 +150,8 @@ def read_safetensors(path):
     A .safetensors file -> {name: tensor}, memory-mapped: nothing is read before it is used. Raises
     UserError if the file is damaged.
 
-    The file has the length of the header in 8 bytes; the header, JSON with the dtype, shape and
-    data_offsets of each tensor; and the data.
+    The file consists of the header's length (8 bytes), the header (JSON with the dtype, shape and
+    data_offsets of each tensor) and the data.
     """
     download.check_no_pointer(path)
     try:
@@ -164,7 +164,7 @@ def read_safetensors(path):
 
 
 def read_header(path):
-    """A .safetensors file -> its header, a dict, and where its data start, in bytes."""
+    """A .safetensors file -> its header, a dict, and the offset of its data in bytes."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -187,7 +187,7 @@ def read_header(path):
 
 
 def check_entry(name, entry):
-    """Raises ValueError unless an entry of the header makes sense by itself."""
+    """Raises ValueError unless an entry of the header has the right keys and types."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError(f"{name} lacks dtype, shape or data_offsets")
     dtype = entry["dtype"]
@@ -205,10 +205,10 @@ def is_size_list(value):
 
 
 def map_tensors(path, header, start):
-    """The tensors of a .safetensors file with this header and start of its data."""
+    """The tensors of a .safetensors file; header and start are what read_header returned."""
     data = np.zeros(0, np.uint8)
     if os.path.getsize(path) > start:
-        # copied on write, so the file stays as it is
+        # "c" is copy-on-write: the file never changes
         data = np.memmap(path, np.uint8, "c", offset=start)
     tensors = {}
     position = 0
@@ -217,16 +217,16 @@ def map_tensors(path, header, start):
         dtype = SAFETENSORS_DTYPES[entry["dtype"]]
         shape = entry["shape"]
         if begin != position:
-            raise ValueError(f"{name} begins at {begin:,}, but the data before it end at "
+            raise ValueError(f"{name} begins at {begin:,}, but the data before it ends at "
                              f"{position:,}")
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} has {end - begin:,} bytes for shape {shape} of "
                              f"{entry['dtype']}")
         if end > len(data):
-            raise ValueError(f"{name} ends at {end:,}, but the data end at {len(data):,}")
+            raise ValueError(f"{name} ends at {end:,}, but the data ends at {len(data):,}")
         tensor = torch.from_numpy(data[begin:end])
         if begin % dtype.itemsize:
-            # views must be aligned
+            # view(dtype) needs aligned memory
             tensor = tensor.clone()
         tensors[name] = tensor.view(dtype).view(shape)
         position = end

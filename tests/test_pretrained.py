@@ -841,9 +841,9 @@ F32 = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
     (header({"a": {**F32, "data_offsets": [0, 12]}}), "12 bytes for"),
     (header({"a": {**F32, "data_offsets": [-8, 0]}}), "offsets"),
     (header({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}),
-     "b begins at 4, but the data before it end at 8"),
+     "b begins at 4, but the data before it ends at 8"),
     (header({"a": F32, "b": {**F32, "data_offsets": [8, 16]}}, b"\0" * 12),
-     "b ends at 16, but the data end at 12"),
+     "b ends at 16, but the data ends at 12"),
     (header({"a": F32}), "8 bytes after"),
     (header({"a": {"dtype": "F32", "shape": [2]}}), "lacks"),
     (header({"a": {**F32, "shape": [True, 2]}}), "shape"),
@@ -910,7 +910,7 @@ def test_shards_and_pickles(tmp_path):
     torch.testing.assert_close(captioner(tmp_path / "shards").encoder(images), expected)
     index = tmp_path / "shards" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../one/model.safetensors"}}))
-    with pytest.raises(UserError, match="is not the name of a file"):
+    with pytest.raises(UserError, match="is not a file name"):
         read_index(index)
 
     folder = tmp_path / "pickle"

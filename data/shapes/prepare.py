@@ -80,8 +80,8 @@ class Group(NamedTuple):
 
 def list_scenes():
     """
-    All scenes, (a, relation, b), in two lists: of one group (relation "alone", b None) and of two
-    groups. These differ in color and shape and have at most three objects in total.
+    All scenes, (a, relation, b), in two lists: of one group (relation "alone", b None) and of two.
+    Two groups differ in color and shape and have at most three objects in total.
     """
     groups = [Group(*values) for values in product(COUNTS, SIZES, COLORS, SHAPES)]
     alone = [(group, "alone", None) for group in groups]
@@ -165,7 +165,7 @@ def try_places(scene, rng):
 
 
 def too_close(objects):
-    """Whether any two objects are less than GAP apart."""
+    """Whether any two objects, taken as squares, are at most GAP apart."""
     for (x1, y1, radius1, _), (x2, y2, radius2, _) in combinations(objects, 2):
         if max(abs(x1 - x2), abs(y1 - y2)) <= radius1 + radius2 + GAP:
             return True
@@ -224,12 +224,12 @@ def make_split(split, scenes, num_train, image_size, seed):
     """(names, captions, images) for write_dataset; scenes: the split's [alone, pairs]."""
     alone, pairs = scenes
     if split == "train":
-        # a quarter of the images show one group, though few scenes do: they teach the words first
+        # few scenes have one group, but a quarter of the images: they teach the words first
         alone = cycle(alone)
         pairs = cycle(pairs)
         scenes = [next(pairs if i % 4 else alone) for i in range(num_train)]
     else:
-        scenes = 2 * (alone + pairs)
+        scenes = 2 * (alone + pairs)  # two images of each
     names = [f"{split}_{i:05d}.png" for i in range(len(scenes))]
     captions = [scene_captions(scene) for scene in scenes]
     images = draw_images(scenes, names, image_size, seed)
@@ -250,7 +250,7 @@ def main():
     parser.add_argument("--image_size", type=int, default=64, help="side in pixels (default: 64)")
     parser.add_argument("--num_train", type=int, default=8000,
                         help="number of training images (default: 8000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     args = parser.parse_args()
     # shapes look alike below 32 pixels
     check_ranges(args, image_size=(32, 4096), num_train=(1, 1e7))
