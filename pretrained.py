@@ -29,8 +29,9 @@ from nanocaption.weights import (SkipInit, fetch_model, hash_tensors, read_json,
                                  read_weights)
 
 LORA_ALPHA = 16
-# how the names of a HybridEncoder's pretrained weights begin
+# how names begin: of a HybridEncoder's pretrained weights, and of other encoders' new ones
 NETWORK = ("encoder.network.", "encoder.stem.last.")
+POOLING = ("encoder.queries", "encoder.pool.", "encoder.norm_pool.")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # removed from tensors' names: they depend on the wrapper that a model was saved in
@@ -733,8 +734,8 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
         frozen = frozen and name not in tuned
         if tensor is None:
             p = nn.Parameter(torch.empty(p.shape))
-            # a published checkpoint has encoder="" and holds its network's weights, still frozen
-            p.requires_grad_(not (frozen and name.startswith(NETWORK)))
+            # a published checkpoint has encoder="" and holds the encoder's weights, still frozen
+            p.requires_grad_(not (frozen and is_pretrained(name, options)))
             new[name] = p
         elif frozen:
             # frozen encoder weights stay float32: exact features are worth the memory
@@ -750,6 +751,13 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
     if options.lora_rank:
         add_lora(model, options.lora_targets, options.lora_rank)
     return model
+
+
+def is_pretrained(name, options):
+    """Whether a captioner's parameter belongs to what came with its pretrained encoder."""
+    if options.encoder_family.startswith("efficientnet"):
+        return name.startswith(NETWORK)
+    return name.startswith("encoder.") and not name.startswith(POOLING)
 
 
 def check_vocabulary(decoder, decoder_vocab_size, vocab_size, ids):

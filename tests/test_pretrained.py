@@ -574,6 +574,14 @@ def test_lora_and_a_frozen_encoder_train_save_resume_and_caption(parts, tmp_path
     torch.testing.assert_close(loaded.model.mean, torch.full((3,), 0.5))
     assert write_caption(loaded, parts)
 
+    # published, it names no encoder any more, but fine-tuning still freezes it
+    published = {**checkpoint["options"], "encoder": "", "decoder": "", "lora_rank": 0}
+    model = assemble(Options(**{**published, "n_query": 2}), checkpoint["vocab_size"])
+    trained = {name for name, p in model.encoder.named_parameters() if p.requires_grad}
+    pooling = ("queries", "pool.", "norm_pool.")
+    new = {name for name, _ in model.encoder.named_parameters() if name.startswith(pooling)}
+    assert len(new) == 9 and trained == new
+
     # frozen weights in bfloat16
     train_parts(parts, tmp_path / "half", *lora, "--dtype=bfloat16", "--recompute", "--max_iters=2")
     # stopped after three steps and resumed
