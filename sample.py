@@ -125,8 +125,8 @@ def images_in(folder):
         raise UserError(f"no images in {folder} (looked for JPEG, PNG and so on, at any depth)")
     if others:
         names = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        print(one_line(f"sample.py: skipped in {folder}: {len(others)} files that are not images "
-                       f"({names})"), file=sys.stderr)
+        print(one_line(f"sample.py: skipped non-images in {folder}: {len(others)} ({names})"),
+              file=sys.stderr)
     return images
 
 
