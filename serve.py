@@ -7,7 +7,7 @@ A web page: drop photos on it, see their captions and where the model looked for
 
 POST /caption takes an image file and returns the JSON of sample.py --json. Query parameters, as in
 /caption?attention=1&others=4: attention=1 adds an attention map for each word; others=N adds at
-most N other captions, from a wider beam (sampling=0, the default) or by sampling (sampling=1).
+most N <= 8 other captions, from a wider beam (sampling=0, the default) or sampled (sampling=1).
 
 Every connection has a thread that reads its request. Two threads decode images, and one thread
 captions them in batches of whatever is waiting, which is faster than one image at a time.
