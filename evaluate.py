@@ -48,7 +48,8 @@ def parse_args():
                            "prepare_flickr.py reads")
     add("--limit", type=int, help="maximum number of images")
     add("--beam", type=int, help="beam size; 1 is greedy (default: the checkpoint's)")
-    add("--max_tokens", type=int, help="maximum caption length (default: as in training)")
+    add("--max_tokens", type=int,
+        help="maximum caption length, in tokens (default: as in training)")
     add("--length_penalty", type=float,
         help="beams are ranked by log-probability / length ** length_penalty (default: the "
              "checkpoint's)")
@@ -150,8 +151,9 @@ def read_references(path, split):
 @torch.no_grad()
 def caption_and_loss(captioner, source, args):
     """
-    Captions of all images, and sums over all references: cross-entropy in nats; the same with each
-    image replaced by the next one; tokens, including EOT; characters; references cut.
+    Returns a caption of each image, and five sums over all references: cross-entropy in nats; the
+    same with each image replaced by the next one; tokens, including EOT; characters; references
+    that were cut.
     """
     model = captioner.model
     device = model.mean.device
@@ -174,7 +176,7 @@ def caption_and_loss(captioner, source, args):
 
 
 def sum_losses(captioner, encoded, references):
-    """caption_and_loss's sums for N images; encoded holds them and one more."""
+    """caption_and_loss's five sums for a batch. encoded: its images, then the next image."""
     model = captioner.model
     tokens = []
     n_characters = 0

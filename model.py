@@ -1,12 +1,13 @@
 """
 An image captioner: a ViT encoder, a GPT decoder, and the training loss around them.
 
-    Encoder     ViT (arXiv 2010.11929): image -> patch vectors
-    Decoder     GPT-2 style blocks that cross-attend to the patch vectors, with a tied output head
-    Captioner   both together: the training loss, and one step of generation with a KV cache
+    Encoder     a ViT (arXiv 2010.11929): image -> patch vectors
+    Captioner   an Encoder and a GPT-2 style decoder that cross-attends to the patch vectors; has
+                the training loss, and one step of generation with a KV cache
 
 Letters in shapes: B images of S x S pixels, N patches, T tokens in a row, P prefix tokens, C width
-(n_embd, or the encoder's), H heads, D = C / H, V vocabulary size, k beams or samples of an image.
+(n_embd, or the encoder's), H heads, D = C / H, L keys, V vocabulary size, k beams or samples of an
+image. "images" are pixels; "encoded" is the encoder's output for them, (B, N, C).
 """
 import math
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ class ModelOptions:
     n_embd: int = 256           # width
     n_embd_encoder: int = 0     # encoder width, if different (0: n_embd)
     n_head_encoder: int = 0     # encoder heads, if different (0: n_head)
-    block_size: int = 64        # maximum tokens in the decoder: any prefix, a caption and EOT
-    bridge: str = "cross"       # how the decoder sees the image: cross (attention), prefix or both
+    block_size: int = 64        # context length: prefix tokens (if any), one caption and EOT
+    bridge: str = "cross"       # how the image enters: cross (attention), prefix (tokens) or both
     n_query: int = 0            # pool the patches into this many learned queries (0: no pooling)
     local_conv: bool = False    # a depthwise 3x3 convolution before each encoder block
     unigram: float = 0.0        # weight of a loss that predicts tokens from the mean patch
@@ -108,7 +109,7 @@ def attention(q, k, v, mask=None):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over a full sequence, or over new tokens with a KV cache."""
+    """Self-attention, causal only if the mask is. With a KV cache, x holds only new tokens."""
 
     def __init__(self, n_embd, n_head):
         super().__init__()
@@ -128,7 +129,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention: from words to the image, or from pooling queries to its patches."""
+    """Cross-attention from caption tokens, or from pooling queries, to the patch vectors."""
 
     def __init__(self, n_embd, n_head, image_width):
         super().__init__()
@@ -137,9 +138,9 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(image_width, 2 * n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
-    def keys_values(self, image):
+    def keys_values(self, encoded):
         """(B, N, image_width) -> keys and values, (B, H, N, D) each, computed once per image"""
-        k, v = self.kv(image).chunk(2, dim=-1)
+        k, v = self.kv(encoded).chunk(2, dim=-1)
         return split_heads(k, self.n_head), split_heads(v, self.n_head)
 
     def forward(self, x, image_kv):
@@ -233,7 +234,7 @@ def sincos_2d(grid, n_embd):
 
 
 class PatchEmbedding(nn.Linear):
-    """The stem: one linear layer on each patch, plus fixed positions."""
+    """The stem: one linear layer on each patch, plus fixed position embeddings."""
 
     def __init__(self, image_size, patch_size, n_embd):
         if image_size % patch_size:
@@ -258,8 +259,8 @@ class LocalConv(nn.Conv2d):
 
     def forward(self, x):
         grid = math.isqrt(x.size(1))
-        image = x.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, grid, grid)
-        y = super().forward(image)
+        y = x.transpose(1, 2).unflatten(2, (grid, grid))  # (B, C, grid, grid)
+        y = super().forward(y)
         return x + y.flatten(2).transpose(1, 2)
 
 
@@ -267,7 +268,7 @@ class Encoder(nn.Module):
     """
     Normalized images (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling.
 
-    In two parts: features is what freeze_encoder freezes, and head is always trained.
+    It has two parts: freeze_encoder freezes features(); head() is always trained.
     """
 
     def __init__(self, options, stem=None):
@@ -321,8 +322,8 @@ def pack(captions, eot_token, max_tokens):
     rows = []
     for image_captions in captions:
         row = []
-        for segment, words in enumerate(image_captions, 1):
-            targets = [*words, eot_token][:max_tokens]
+        for segment, ids in enumerate(image_captions, 1):
+            targets = [*ids, eot_token][:max_tokens]
             tokens = [eot_token, *targets[:-1]]
             for position, (token, target) in enumerate(zip(tokens, targets)):
                 row.append((token, target, position, segment))
@@ -353,9 +354,9 @@ def caption_mask(segment, n_prefix=0):
 
 class Captioner(nn.Module):
     """
-    vocab_size includes EOT, the last token. mean and std normalize images, per channel, for values
-    in 0..1; they are saved with the weights. pretrained.py builds published architectures by
-    passing an encoder and the decoder's Block.
+    The encoder, and the decoder: wte, wpe, blocks and norm. vocab_size includes EOT, the last
+    token. mean and std, per channel, normalize pixels in 0..1; they are saved with the weights.
+    For published architectures, pretrained.py passes its encoder and the decoder's Block class.
     """
 
     def __init__(self, options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
@@ -408,7 +409,7 @@ class Captioner(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def normalize(self, images):
-        """uint8, or float in 0..255, (B, S, S, 3) of any size -> float (B, 3, image_size, ...)"""
+        """Resizes and normalizes square images in 0..255: (B, any, any, 3) -> float (B, 3, S, S)"""
         x = images.permute(0, 3, 1, 2).float()
         size = self.options.image_size
         if x.size(-1) != size:
@@ -418,22 +419,22 @@ class Captioner(nn.Module):
         return (x - mean) / std
 
     def encode(self, images):
-        """Images, see normalize, or stored Encoder.features (3-D) -> encoded images (B, N, C)"""
+        """Images (4-D, see normalize), or their Encoder.features (3-D) -> encoded (B, N, C)"""
         if images.ndim == 3:
             return self.encoder.head(images)
         return self.encoder(self.normalize(images))
 
-    def image_keys_values(self, image):
+    def image_keys_values(self, encoded):
         """Encoded images (B, N, C) -> for each block the keys and values of its cross-attention."""
         if self.options.bridge == "prefix":
             return [None] * len(self.blocks)
-        return [block.cross.keys_values(image) for block in self.blocks]
+        return [block.cross.keys_values(encoded) for block in self.blocks]
 
-    def embed_prefix(self, image):
-        """Encoded images (B, N, C) -> the soft prompt (B, P, n_embd)."""
-        return self.prefix(image) + self.wpe.weight[:self.n_prefix]
+    def embed_prefix(self, encoded):
+        """Encoded images (B, N, C) -> the prefix tokens' embeddings (B, P, n_embd)."""
+        return self.prefix(encoded) + self.wpe.weight[:self.n_prefix]
 
-    def decode(self, image, captions):
+    def decode(self, encoded, captions):
         """Encoded images (B, N, C) and packed captions -> hidden states (B, T, n_embd)"""
         x = self.wte(captions["tokens"])
         if self.training and self.options.word_dropout:
@@ -442,10 +443,10 @@ class Captioner(nn.Module):
             x = x * seen
         x = x + self.wpe(captions["position"] + self.n_prefix)
         if self.n_prefix:
-            x = torch.cat([self.embed_prefix(image), x], dim=1)
+            x = torch.cat([self.embed_prefix(encoded), x], dim=1)
         x = self.dropout(x)
         mask = caption_mask(captions["segment"], self.n_prefix)
-        for block, image_kv in zip(self.blocks, self.image_keys_values(image)):
+        for block, image_kv in zip(self.blocks, self.image_keys_values(encoded)):
             if self.recompute and self.training:
                 x = checkpoint(block, x, image_kv, mask, use_reentrant=False)
             else:
@@ -455,8 +456,8 @@ class Captioner(nn.Module):
     def forward(self, images, captions, teacher=None, alpha=0.0, smoothing=0.0):
         """
         Returns the training loss and the plain cross-entropy in nats, both summed over tokens. With
-        a teacher, alpha is the weight of its soft targets (arXiv 2107.07651). captions may hold an
-        "advantage", float (B, T), that weights each token's loss: self-critical training.
+        a teacher, alpha is the weight of its soft targets (arXiv 2107.07651). captions: see pack;
+        in self-critical training also "advantage", float (B, T), the weight of each token's loss.
         """
         # the loss skips padding
         valid = (captions["targets"].flatten() >= 0).nonzero()[:, 0]  # (n,)
@@ -469,31 +470,31 @@ class Captioner(nn.Module):
             with torch.no_grad():
                 hidden = teacher.decode(teacher.encode(images), captions)
             soft = hidden.flatten(0, 1)[valid], teacher.wte.weight
-        image = self.encode(images)
-        hidden = self.decode(image, captions).flatten(0, 1)[valid]  # (n, C)
+        encoded = self.encode(images)
+        hidden = self.decode(encoded, captions).flatten(0, 1)[valid]  # (n, C)
         loss, ce = head_loss(hidden, self.wte.weight, targets, soft, alpha, smoothing, advantage)
         if self.options.unigram and self.training:
             row = valid // captions["targets"].size(1)
-            unigram_loss = self.unigram_loss(image, row, targets)
-            # SCST has no use for it, but DDP wants every parameter in the graph
+            unigram_loss = self.unigram_loss(encoded, row, targets)
+            # unused in self-critical training, but DDP needs every parameter in the graph
             weight = self.options.unigram if advantage is None else 0.0
             loss = loss + weight * unigram_loss
         return loss, ce
 
-    def unigram_loss(self, image, row, targets):
+    def unigram_loss(self, encoded, row, targets):
         """
         Cross-entropy of each token given only its image's mean vector (arXiv 1511.02251): it
-        teaches the encoder directly. image (B, N, C); row and targets int64 (n,).
+        trains the encoder directly. encoded (B, N, C); row (each token's image) and targets (n,).
         """
-        logits = F.linear(self.unigram(image.mean(1)), self.wte.weight)  # (B, V)
+        logits = F.linear(self.unigram(encoded.mean(1)), self.wte.weight)  # (B, V)
         logp = logits.float().log_softmax(-1)
         return -logp[row, targets].sum()
 
     @torch.no_grad()
-    def cross_entropy(self, image, captions):
+    def cross_entropy(self, encoded, captions):
         """Encoded images and packed captions -> cross-entropy in nats, summed over tokens."""
         valid = (captions["targets"].flatten() >= 0).nonzero()[:, 0]
-        hidden = self.decode(image, captions).flatten(0, 1)[valid]
+        hidden = self.decode(encoded, captions).flatten(0, 1)[valid]
         targets = captions["targets"].flatten()[valid]
         _, ce = head_loss(hidden, self.wte.weight.detach(), targets)
         return ce
@@ -507,22 +508,22 @@ class Captioner(nn.Module):
 
     def prefill(self, images, k):
         """
-        Prepares to write k captions of each image, (B, S, S, 3), or already encoded (B, N, C).
+        Prepares to write k captions for each of these images, (B, S, S, 3) or encoded (B, N, C).
         Returns each block's KV cache and the keys and values of its cross-attention.
         """
-        image = self.encode(images) if images.ndim == 4 else images
+        encoded = self.encode(images) if images.ndim == 4 else images
         caches = [KVCache() for _ in self.blocks]
-        image_kv = self.image_keys_values(image)
+        image_kv = self.image_keys_values(encoded)
         if self.n_prefix:
-            x = self.embed_prefix(image)
+            x = self.embed_prefix(encoded)
             for block, kv, cache in zip(self.blocks, image_kv, caches):
                 x = block(x, kv, cache=cache)
-            rows = torch.arange(len(image), device=x.device)
+            rows = torch.arange(len(encoded), device=x.device)
             self.reorder_cache(caches, rows.repeat_interleave(k))
         return caches, image_kv
 
     def step(self, caches, image_kv, tokens, t):
-        """Reads token t of each row, int64 (B * k,); returns the next one's logits (B * k, V)."""
+        """Reads token t of each row, int64 (B * k,); returns logits (B * k, V) for token t + 1."""
         x = self.wte(tokens) + self.wpe.weight[self.n_prefix + t]
         x = x[:, None]  # (B * k, 1, C)
         for block, kv, cache in zip(self.blocks, image_kv, caches):

@@ -4,14 +4,15 @@ Caption images.
     python sample.py --image photo.jpg more_photos/            # with the bundled checkpoint
     python sample.py --image data/flickr8k --split val --limit 10 --sheet sheet.png
     python sample.py --image photo.jpg --out_dir out/nano
-    python sample.py --image photo.jpg --attention where.png   # where each word looked
+    python sample.py --image photo.jpg --attention where.png   # an attention map for each word
 
 From Python:
 
     from sample import load, caption
     captioner = load()
     print(caption(captioner, "photo.jpg"))
-    text, words = caption(captioner, "photo.jpg", attention=True)  # words: [(word, (g, g)), ...]
+    text, words = caption(captioner, "photo.jpg", attention=True)
+    # words: [(word, its attention map, an array over the g x g patches), ...]
 """
 import itertools
 import json
@@ -50,9 +51,10 @@ def parse_args():
     add("--top_p", type=float, default=1.0,
         help="sample from the most likely tokens with this total probability")
     add("--no_repeat_ngram", type=int, default=0,
-        help="do not repeat n-grams of this length (0: no limit)")
-    add("--min_tokens", type=int, default=1, help="minimum caption length")
-    add("--max_tokens", type=int, help="maximum caption length (default: as in training)")
+        help="do not repeat n-grams of this length (0: off)")
+    add("--min_tokens", type=int, default=1, help="minimum caption length, in tokens")
+    add("--max_tokens", type=int,
+        help="maximum caption length, in tokens (default: as in training)")
     add("--length_penalty", type=float,
         help="beams are ranked by log-probability / length ** length_penalty (default: the "
              "checkpoint's)")
@@ -64,7 +66,7 @@ def parse_args():
         help="print a line of JSON per image: image, captions (text, logprob), references")
     add("--sheet", metavar="PNG", help="write a contact sheet of the images and captions")
     add("--attention", metavar="PNG",
-        help="draw where each word looked: the image with each word's attention over it "
+        help="for each image and word, draw where the model looked: attention maps over the image "
              "(beam search only)")
     args = parser.parse_args()
     if args.beam and args.num_samples > 1:
@@ -87,8 +89,8 @@ def parse_args():
 
 def find_images(paths, split, limit):
     """
-    What --image names: a list of (name, source, references). source is a path, a URL, bytes (from
-    stdin) or, from a prepared folder, an array uint8 (S, S, 3) with its references.
+    The images that --image names, as a list of (name, source, references). source is a path, a URL,
+    bytes (stdin) or a uint8 array (S, S, 3). Only a prepared folder has arrays and references.
     """
     found = []
     for path in paths:
@@ -111,7 +113,7 @@ def find_images(paths, split, limit):
 
 
 def images_in(folder):
-    """The paths of the images in a folder, at any depth. Says on stderr which files are others."""
+    """The paths of the images in a folder, at any depth. Names all other files on stderr."""
     images = []
     others = []
     for name, path in list_images(folder).items():
@@ -123,7 +125,7 @@ def images_in(folder):
         raise UserError(f"no images in {folder} (looked for JPEG, PNG and so on, at any depth)")
     if others:
         names = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        print(one_line(f"sample.py: skipped in {folder}, not images: {len(others)} ({names})"),
+        print(one_line(f"sample.py: skipped non-images in {folder}: {len(others)} ({names})"),
               file=sys.stderr)
     return images
 
@@ -195,7 +197,7 @@ def main():
             continue
         images = np.stack([image for _, image, _ in loaded])
         results = caption_images(captioner, images, **options)
-        options["seed"] += len(loaded)  # new draws for each batch
+        options["seed"] += len(loaded)  # other random numbers for each batch
         n_captioned += len(loaded)
         for (name, image, references), captions in zip(loaded, results):
             if args.attention:

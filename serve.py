@@ -1,16 +1,16 @@
 """
-A page in the browser: drop photos on it, see captions and where each word looked.
+A web page: drop photos on it, see their captions and where the model looked for each word.
 
     python serve.py                      # with the bundled checkpoint, at http://127.0.0.1:8000
     python serve.py --out_dir out/nano --port 8080
     curl --data-binary @photo.jpg http://127.0.0.1:8000/caption
 
-POST /caption takes an image file and answers with what sample.py --json prints. Settings, as in
-/caption?attention=1&others=4: attention=1 adds where each word looked; others=N adds N captions
-from a wider beam, or with sampling=1 samples.
+POST /caption takes an image file and returns the JSON of sample.py --json. Query parameters, as in
+/caption?attention=1&others=4: attention=1 adds an attention map for each word; others=N adds at
+most N <= 8 other captions, from a wider beam (sampling=0, the default) or sampled (sampling=1).
 
-Every connection has a thread that reads its request. Two threads decode images, and one captions
-all images that are waiting as a batch, which is faster than one after another.
+Every connection has a thread that reads its request. Two threads decode images, and one thread
+captions them in batches of whatever is waiting, which is faster than one image at a time.
 """
 import base64
 import hashlib
@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-# torch keeps up to 1024 kernels for shapes that it has seen in bfloat16, 200 MB of them after some
-# hundred requests; read when torch is imported
+# in bfloat16, torch caches up to 1024 kernels, one for each input shape: 200 MB after a few hundred
+# requests; it reads these limits when it is imported
 for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(name, "64")
 
@@ -54,26 +54,26 @@ MAX_WAITING = 64  # images that wait for their captions
 MAX_BATCH = ENCODE_BATCH  # images captioned together; more is hardly faster
 MAX_THREADS = 256  # further connections are closed at once
 MAX_OTHERS = 8
-GOOD_AT = "images like those that it was trained on"
-BUNDLED_GOOD_AT = "photos of people and dogs outdoors (it learned from Flickr8k)"
+GOOD_AT = "images like those it was trained on"
+BUNDLED_GOOD_AT = "photos of people and dogs outdoors (it was trained on Flickr8k)"
 
 
 class Refusal(Exception):
-    """An answer other than a caption: Refusal(HTTP status, message)."""
+    """An error response: Refusal(HTTP status, message)."""
 
 
 class Settings(NamedTuple):
     """What a request asks for besides the caption."""
-    attention: int = 0  # 1: where each word looked
-    others: int = 0     # how many other captions
-    sampling: int = 0   # 1: the others are samples; 0: from a wider beam
+    attention: int = 0  # 1: add attention maps
+    others: int = 0     # at most this many other captions
+    sampling: int = 0   # 1: sample the others; 0: take them from a wider beam
 
 
-HIGHEST = Settings(attention=1, others=MAX_OTHERS, sampling=1)
+HIGHEST = Settings(attention=1, others=MAX_OTHERS, sampling=1)  # the largest values allowed
 
 
 class Job(NamedTuple):
-    """An image that waits for its captions."""
+    """An image that is waiting for its captions."""
     image: np.ndarray  # uint8 (S, S, 3)
     settings: Settings
     captions: Future
@@ -83,12 +83,12 @@ class Job(NamedTuple):
 # captions
 
 def caption_batch(captioner, images, settings):
-    """The captions of images, uint8 (N, S, S, 3): the one of sample.py, then the others."""
+    """For each image, uint8 (N, S, S, 3): the caption that sample.py gives, then the others."""
     encoded = encode_images(captioner, images)
     captions = caption_images(captioner, encoded, attention=bool(settings.attention))
     if not settings.others:
         return captions
-    # more than asked for, because some may be the same
+    # more than asked for, because some may be duplicates
     n = 2 * settings.others + 2
     if settings.sampling:
         others = caption_images(captioner, encoded, num_samples=n, seed=random.getrandbits(32))
@@ -98,7 +98,7 @@ def caption_batch(captioner, images, settings):
 
 
 def add_others(captions, others, n):
-    """captions and the first n of others that are different, the most probable first."""
+    """captions, then the first n new texts among others, sorted by probability."""
     different = {}
     for other in others:
         if other["text"] != captions[0]["text"]:
@@ -108,7 +108,7 @@ def add_others(captions, others, n):
 
 
 def caption_waiting(captioner, jobs):
-    """Captions what arrives in the queue, for ever."""
+    """Captions the images that arrive in the queue, forever."""
     while True:
         waiting = [jobs.get()]
         while not jobs.empty():
@@ -125,8 +125,9 @@ def caption_waiting(captioner, jobs):
                 except Exception as error:
                     # out of memory, for example: the next batch may fit
                     print(one_line(f"serve.py: error: {error!r}"), file=sys.stderr)
+                    message = "the captioner failed; see the server's stderr"
                     for job in batch:
-                        job.captions.set_exception(Refusal(500, "the captioner failed"))
+                        job.captions.set_exception(Refusal(500, message))
 
 
 # -----------------------------------------------------------------------------
@@ -156,7 +157,7 @@ class SocketReader(io.RawIOBase):
 
 class Handler(BaseHTTPRequestHandler):
     """Answers one request. Nothing about it is logged."""
-    protocol_version = "HTTP/1.1"  # curl asks before it sends a large body; 1.0 has no answer
+    protocol_version = "HTTP/1.1"  # curl expects 100-continue before it sends a large body
     server_version = "nanoCaption"
     sys_version = ""
 
@@ -188,12 +189,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_sender(self):
         """
-        Raises Refusal for other sites' pages. After DNS rebinding, a page of theirs has the
-        server's address but its own name in Host; otherwise it has its own address in Origin.
+        Raises Refusal if another site's page sent the request. With DNS rebinding, the other site's
+        name is in Host; otherwise, its address is in Origin.
         """
         host = self.headers.get_all("Host", [])
         if len(host) != 1 or not self.server.has_name(host[0]):
-            raise Refusal(403, "this server does not go by that name; use the address it printed")
+            raise Refusal(403, "unknown Host; use the address that serve.py printed")
         if self.headers.get("Origin", f"http://{host[0]}") != f"http://{host[0]}":
             raise Refusal(403, "requests from other sites are refused")
 
@@ -205,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
     def caption(self):
         path, _, query = self.path.partition("?")
         if path != "/caption":
-            raise Refusal(404, "images are posted to /caption")
+            raise Refusal(404, "POST images to /caption")
         settings = parse_settings(query)
         captions = self.server.caption(self.read_body(), settings)
         return as_bytes(caption_record("-", captions)), "application/json"
@@ -224,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
             while body.tell() < length:
                 block = self.rfile.read1(min(2**16, length - body.tell()))
                 if not block:
-                    raise Refusal(400, "the connection ended before the image")
+                    raise Refusal(400, "the connection closed before the whole image arrived")
                 body.write(block)
         except TimeoutError:
             raise Refusal(408, f"the image did not arrive within {BODY_SECONDS} s") from None
@@ -247,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def skip_body(self):
-        """Reads for a second what may still arrive: otherwise clients lose the answer."""
+        """Discards what arrives within a second; otherwise, clients may lose the answer."""
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.socket_reader.limit(1)
@@ -260,7 +261,7 @@ def parse_settings(query):
     found = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name not in Settings._fields:
-            raise Refusal(400, f"there is no setting {name!r}; use {', '.join(Settings._fields)}")
+            raise Refusal(400, f"no parameter {name!r}; use {', '.join(Settings._fields)}")
         highest = getattr(HIGHEST, name)
         if not re.fullmatch("[0-9]", value) or int(value) > highest:
             raise Refusal(400, f"{name} must be a number from 0 to {highest}, not {value!r}")
@@ -311,8 +312,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def has_name(self, host):
         """
-        Whether a request's Host is a name of this server: localhost, --host or an IP address. Only
-        a loopback address is, unless --host lets in other machines.
+        Whether a request's Host names this server: localhost, --host or an IP address, which must
+        be a loopback address unless --host allows connections from other machines.
         """
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(:[0-9]{1,5})?", host.lower())
         name = match[1].strip("[]") if match else ""
@@ -345,13 +346,13 @@ class Server(socketserver.ThreadingTCPServer):
         return threading.active_count() < MAX_THREADS
 
     def handle_error(self, request, client_address):
-        # clients may end a connection when they like
+        # clients may close a connection at any time
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
 
 def content_policy(page):
-    """The Content-Security-Policy of a page: its own script and style, and nothing else."""
+    """A Content-Security-Policy that allows only the page's own script and style."""
     hashes = {}
     for tag in ("script", "style"):
         text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1]
@@ -369,8 +370,8 @@ def main():
     add("--out_dir", default=BUNDLED,
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
     add("--host", default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets in other machines (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="port to listen on; 0: any (default: 8000)")
+        help="address to listen on; 0.0.0.0 lets other machines connect (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="port; 0: any free port (default: 8000)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the faster one)")
     args = parser.parse_args()
@@ -381,7 +382,7 @@ def main():
     host, port = server.server_address[:2]
     address = f"[{host}]" if ":" in host else host
     warning = "" if server.is_local else "; anyone who can reach this machine can use it"
-    print(f"http://{address}:{port} (Ctrl-C ends it{warning})", flush=True)
+    print(f"http://{address}:{port} (Ctrl-C stops it{warning})", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

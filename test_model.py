@@ -1,4 +1,4 @@
-"""The model, each part against something independent: naive loops and torch's own losses."""
+"""Tests of the model, each part against an independent one: naive loops, torch's own losses."""
 import itertools
 import math
 import random
@@ -39,7 +39,7 @@ def tiny_model(vocab_size=50, seed=0, **options):
 
 
 def random_captions(n, vocab_size=50, seed=0, longest=9):
-    """For each of n images one to six captions of token ids."""
+    """For each of n images, one to six captions, as lists of token ids."""
     rng = random.Random(seed)
     captions = []
     for _ in range(n):
@@ -56,7 +56,7 @@ def real_tokens(hidden, packed):
 # -----------------------------------------------------------------------------
 # encoder
 
-def test_patchify_puts_each_pixel_where_it_belongs():
+def test_patchify_puts_each_pixel_in_its_place():
     images = torch.randn(2, 3, 12, 12)
     patches = patchify(images, 4)
     assert patches.shape == (2, 9, 48)
@@ -66,7 +66,7 @@ def test_patchify_puts_each_pixel_where_it_belongs():
         assert patches[b, patch, place] == images[b, c, y, x]
 
 
-def test_a_pixel_of_any_channel_touches_its_own_patch_alone():
+def test_a_pixel_changes_only_its_own_patch():
     stem = PatchEmbedding(12, 4, 8)
     before = stem(torch.zeros(1, 3, 12, 12))
     for channel in range(3):
@@ -90,7 +90,7 @@ def test_local_conv_looks_at_neighbors_on_the_grid():
         torch.testing.assert_close(y[b, 3 * row + column], expected)
 
 
-def test_local_conv_does_nothing_at_first():
+def test_local_conv_is_initially_the_identity():
     plain = Captioner(ModelOptions(**TINY), 50).encoder
     local = Captioner(ModelOptions(**TINY, local_conv=True), 50).encoder
     local.load_state_dict(plain.state_dict(), strict=False)
@@ -99,7 +99,7 @@ def test_local_conv_does_nothing_at_first():
 
 
 @pytest.mark.parametrize("options", BRIDGES)
-def test_the_image_moves_every_logit(options):
+def test_every_hidden_state_depends_on_the_image(options):
     model = tiny_model(**options)
     captions = pack(random_captions(2), 49, 20)
     hidden = [model.decode(model.encode(random_images(2, seed=s)), captions) for s in (1, 2)]
@@ -173,7 +173,7 @@ LOSS_OPTIONS = BRIDGES + [dict(n_embd=128, n_head=4), dict(n_layer_encoder=6)]
 
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS)
-def test_the_first_loss_is_that_of_guessing(options):
+def test_the_initial_loss_is_that_of_uniform_guessing(options):
     torch.manual_seed(0)
     model = Captioner(ModelOptions(**{**TINY, **options}), 1000)
     packed = pack(random_captions(20, 1000), 999, 20)
@@ -206,7 +206,7 @@ def test_unigram_loss_predicts_each_word_from_the_mean_patch(with_advantage):
 
 
 @pytest.mark.parametrize("alpha, smoothing", [(0, 0), (0.4, 0), (0, 0.1), (0.3, 0.2)])
-def test_head_loss_is_cross_entropy_with_its_gradients(alpha, smoothing):
+def test_head_loss_and_its_gradients_equal_cross_entropys(alpha, smoothing):
     torch.manual_seed(0)
     V = 700
     n = 3100  # more than one chunk
@@ -249,7 +249,7 @@ def test_head_loss_weights_tokens_by_their_advantage(bf16):
         assert (a - b).norm() < (0.02 if bf16 else 1e-4) * b.norm()
 
 
-def test_hidden_words_are_not_read():
+def test_tokens_dropped_by_word_dropout_are_not_read():
     images = random_images(3)
     captions = pack(random_captions(3), 49, 20)
     others = dict(captions, tokens=captions["tokens"].flip(0))
@@ -301,7 +301,7 @@ def repeats_ngram(words, new, n):
 
 
 def naive_beam(model, image, beam, length_penalty, max_tokens, min_tokens=1, ngram=0):
-    """Beam search as its docstring says, in plain Python, one hypothesis at a time."""
+    """beam_search as its docstring describes it: plain Python, one hypothesis at a time."""
     eot = model.eot_token
     live = [([], 0.0)]
     finished = []
@@ -418,7 +418,7 @@ def test_the_baseline_of_a_reward_is_the_mean_of_the_other_samples():
 
 
 def test_self_critical_gradient_is_that_of_the_expected_reward():
-    """Three words and captions of at most two: the expectation is a sum over thirteen captions."""
+    """With three words and at most two per caption, the expectation sums over 13 captions."""
     model = tiny_model(vocab_size=4, block_size=3)
     image = random_images(1)
     names = "dog cat bird".split()
@@ -468,6 +468,6 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
     (dict(local_conv=True, encoder_family="vit"), "local_conv works only"),
     (dict(dropout=1.0), "dropout"),
 ])
-def test_options_that_cannot_be_built_say_why(wrong, message):
+def test_errors_say_what_is_wrong_with_the_options(wrong, message):
     with pytest.raises(ValueError, match=message):
         Captioner(ModelOptions(**{**TINY, **wrong}), 50)

@@ -1,12 +1,12 @@
 """
-Where each word looked: how much a caption's words attend to each patch of the image.
+Attention maps: where the model looked for each word of a caption.
 
-A finished caption is read once more, all its tokens at once. Meanwhile, hooks on the decoder's
-attention compute the weights, so that neither generation nor training has to keep them.
+A finished caption goes through the decoder once more, all its tokens at once. Hooks compute the
+attention weights there, so that neither generation nor training has to keep them.
 
-A word's map is the mean over layers and heads at the step that writes the word, as far as it is
-above the mean over all steps of the caption: that leaves out the patches that every word attends
-to. dev/attention.md compares this with other rules.
+A word's map is the attention to each patch at the step that writes the word, averaged over layers
+and heads, minus its mean over all steps of the caption; negative values are set to 0. This removes
+the patches that every word attends to. dev/attention.md compares this with other rules.
 """
 import math
 import re
@@ -18,30 +18,30 @@ from nanocaption.cli import UserError
 
 
 def check_attention(model, num_samples=1):
-    """Raises UserError if a captioner's attention cannot be shown."""
+    """Raises UserError if attention maps cannot be made with this model or for samples."""
     options = model.options
     reason = None
     if num_samples > 1:
-        reason = "it works with beam search only, not with samples"
+        reason = "they need beam search, not samples"
     elif options.n_query:
         reason = (f"this checkpoint pools the patches into n_query={options.n_query} vectors, "
-                  "which have no place in the image")
+                  "which have no position in the image")
     elif options.bridge == "prefix" and options.decoder_family == "falcon":
-        reason = "Falcon's self-attention is not supported; use bridge=cross or both"
+        reason = "Falcon's self-attention is not supported; train with bridge=cross or both"
     if reason:
-        raise UserError(f"cannot show where each word looked: {reason}")
+        raise UserError(f"cannot make attention maps: {reason}")
 
 
 @torch.no_grad()
-def word_attention(model, tokenizer, image, captions):
+def word_attention(model, tokenizer, encoded, captions):
     """
     Encoded images (B, N, C) and a caption of each, list[list[int]] without EOT -> for each image a
-    list of (word, its attention over the grid of patches, float32 (g, g) that sums to 1).
+    list of (word, its map: float32 (g, g) over the g x g patches, which sums to 1).
     """
     results = []
-    # one image at a time, because the weights of all heads take much memory
+    # one image at a time, because the weights of all heads need a lot of memory
     for i, ids in enumerate(captions):
-        weights = torch.stack(decoder_attention(model, image[i:i + 1], ids))
+        weights = torch.stack(decoder_attention(model, encoded[i:i + 1], ids))
         maps = above_mean(over_grid(weights.mean((0, 1)))).cpu().numpy()  # (T, g, g)
         words = []
         for word, tokens in join_tokens(tokenizer, ids):
@@ -50,22 +50,22 @@ def word_attention(model, tokenizer, image, captions):
     return results
 
 
-def decoder_attention(model, image, ids):
+def decoder_attention(model, encoded, ids):
     """
     The weights of the decoder's attention to an encoded image (1, N, C) while it writes a caption,
     list[int] without EOT: for each layer float32 (H, T, N). Step t writes token t, the last step
-    EOT. With bridge="prefix", it is the part of self-attention over the prefix.
+    EOT. With bridge="prefix", these are self-attention's weights on the prefix.
     """
-    tokens = torch.tensor([[model.eot_token, *ids]], device=image.device)  # (1, T)
-    position = torch.arange(tokens.size(1), device=image.device)[None]
+    tokens = torch.tensor([[model.eot_token, *ids]], device=encoded.device)  # (1, T)
+    position = torch.arange(tokens.size(1), device=encoded.device)[None]
     packed = dict(tokens=tokens, position=position, segment=torch.ones_like(tokens))
     P = model.n_prefix
     if model.options.bridge == "prefix":
         with record([block.attention for block in model.blocks], self_weights) as weights:
-            model.decode(image, packed)
+            model.decode(encoded, packed)
         return [w[0, :, P:, :P] for w in weights]
     with record([block.cross for block in model.blocks], cross_weights) as weights:
-        model.decode(image, packed)
+        model.decode(encoded, packed)
     return [w[0, :, P:] for w in weights]
 
 
@@ -100,7 +100,7 @@ def self_weights(attention, x, mask=None, cache=None):
 
 
 def softmax_weights(q, k, mask=None):
-    """q (B, H, T, D), k (B, H, S, D) and a mask as in model.py's attention -> (B, H, T, S)"""
+    """q (B, H, T, D), k (B, H, L, D) and a mask as in model.py's attention -> (B, H, T, L)"""
     scores = (q @ k.transpose(-2, -1)).float() * q.size(-1) ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -110,7 +110,7 @@ def softmax_weights(q, k, mask=None):
 def over_grid(weights):
     """
     Weights (..., N) -> (..., g, g) that sum to 1. Class tokens, which come before the patches and
-    have no place in the image, are left out.
+    have no position in the image, are dropped.
     """
     N = weights.size(-1)
     grid = math.isqrt(N)
@@ -121,23 +121,23 @@ def over_grid(weights):
 
 def above_mean(steps):
     """
-    Maps (T, g, g) of all steps of one caption, with EOT's -> how far each is above their mean,
-    scaled to sum to 1.
+    Maps (T, g, g) of all steps of one caption, including EOT's -> how far each is above their
+    mean, scaled to sum to 1.
     """
-    # a step without any difference gets an even map
+    # not 0: a map that equals the mean becomes uniform
     above = (steps - steps.mean(0)).clamp_min(1e-9)
     return above / above.sum((1, 2), keepdim=True)
 
 
 def join_tokens(tokenizer, ids):
     """
-    Token ids -> a list of (word, the places in ids of its tokens). A word is what stands between
-    spaces; several tokens of byte-level BPE may make one.
+    Token ids -> a list of (word, the indices of its tokens in ids). Words are separated by
+    whitespace; a word may have several byte-level BPE tokens.
     """
     parts = tokenizer.decode_tokens_bytes(ids)
-    owner = []  # for each byte, the place of its token
-    for place, part in enumerate(parts):
-        owner += [place] * len(part)
+    owner = []  # for each byte, the index of its token
+    for i, part in enumerate(parts):
+        owner += [i] * len(part)
     words = []
     for match in re.finditer(rb"\S+", b"".join(parts)):
         word = match[0].decode(errors="replace")

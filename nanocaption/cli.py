@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 def one_line(text):
-    """Escapes line ends and other control characters, which file names may contain."""
+    """Escapes line breaks and other control characters, which file names may contain."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", escape, text)
 
 
@@ -35,7 +35,7 @@ def escape(match):
 
 
 def expand_user(text):
-    """Replaces ~ with the home folder at the beginning of a path, --NAME=PATH or SPLIT=PATH."""
+    """Replaces ~ with the home folder where a path begins: in PATH, --NAME=PATH or SPLIT=PATH."""
     prefix, path = re.fullmatch(r"((?:[\w-]+=)*)(.*)", text, re.DOTALL).groups()
     return prefix + os.path.expanduser(path)
 
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args=None, namespace=None):
-        """Like argparse's. The shell expands neither --out_dir=~/x nor what is quoted."""
+        """Expands ~ first, which the shell leaves as it is in --out_dir=~/x and in quotes."""
         args = sys.argv[1:] if args is None else args
         return super().parse_args([expand_user(text) for text in args], namespace)
 
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(options, **ranges):
     """
     Raises UserError unless each named attribute of options is None or within its (low, high).
-    NaN is outside of every range.
+    NaN is outside every range.
     """
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
@@ -152,7 +152,7 @@ def atomic_write(path):
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        # Pillow raises an OSError that has only a text
+        # Pillow raises an OSError that has only a message
         if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
             raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise

@@ -6,8 +6,8 @@ from nanocaption.attention_maps import check_attention, word_attention
 from nanocaption.images import load_image
 from nanocaption.precision import autocast
 
-# images encoded at a time: kernels for larger batches round differently, and in bfloat16 that
-# changes one caption in 25
+# images encoded at a time, whatever batch_size is: kernels for larger batches round differently,
+# which in bfloat16 changes one caption in 25
 ENCODE_BATCH = 8
 
 
@@ -21,8 +21,8 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
     search n_best; see nanocaption/search.py. By default, beam and length_penalty are the
     checkpoint's.
 
-    With attention (beam search only) each has "attention" too: where each word looked, a list of
-    (word, float32 (g, g) over the grid of patches, which sums to 1). See attention_maps.py.
+    With attention (beam search with n_best=1 only), each also has "attention": a list of (word, its
+    map: float32 (g, g) over the g x g patches, which sums to 1). See attention_maps.py.
     """
     if beam is None:
         beam = captioner.beam
@@ -34,18 +34,18 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
     device = model.mean.device
     results = []
     for start in range(0, len(images), batch_size):
-        image = images[start:start + batch_size]
-        if not torch.is_tensor(image):
-            image = encode_images(captioner, image)
+        encoded = images[start:start + batch_size]
+        if not torch.is_tensor(encoded):
+            encoded = encode_images(captioner, encoded)
         with torch.no_grad(), autocast(device, captioner.dtype):
             if num_samples > 1:
-                found = model.sample(image, num_samples, temperature, top_k, top_p,
+                found = model.sample(encoded, num_samples, temperature, top_k, top_p,
                                      seed=seed + start, **limits)
             else:
-                found = model.beam_search(image, beam, length_penalty, **limits)
+                found = model.beam_search(encoded, beam, length_penalty, **limits)
             if attention:
                 captions = [ids for [(ids, _)] in found]
-                words = word_attention(model, captioner.tokenizer, image, captions)
+                words = word_attention(model, captioner.tokenizer, encoded, captions)
         for i, captions in enumerate(found):
             described = [describe_caption(captioner, *caption) for caption in captions]
             if attention:
@@ -55,7 +55,7 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
 
 
 def encode_images(captioner, images):
-    """uint8 images (N, S, S, 3) with any S -> what the decoder attends to, a tensor (N, n, C)."""
+    """uint8 images (N, S, S, 3) with any S -> the encoder's output, a tensor (N, n, C)."""
     device = captioner.model.mean.device
     images = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     with torch.no_grad(), autocast(device, captioner.dtype):
@@ -65,8 +65,8 @@ def encode_images(captioner, images):
 
 def caption_record(name, captions, references=()):
     """
-    What sample.py --json prints for an image and serve.py answers, a dict for json.dumps. captions:
-    of one image, from caption_images; the weights of their attention become nested lists (g, g).
+    What sample.py --json prints and serve.py returns for an image, as a dict for json.dumps.
+    captions: of one image, from caption_images. Their attention maps become nested lists (g, g).
     """
     described = []
     for found in captions:
@@ -90,8 +90,8 @@ def caption(captioner, image, attention=False, **options):
     """
     The caption, a str, of an image: a path, an http(s) URL, bytes, a binary file, a PIL.Image or an
     array (H, W, 3), uint8 or float in 0..1; for a list of images or an array (N, H, W, 3), a list.
-    With num_samples=k, k captions of each. With attention, (caption, [(word, where it looked),
-    ...]) instead of the caption. options: see caption_images.
+    With num_samples=k > 1, a list of k captions instead of each caption. With attention, a tuple
+    (caption, [(word, its attention map), ...]) instead. options: see caption_images.
 
     Raises UserError, a ValueError, for anything that is not an image.
     """

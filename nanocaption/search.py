@@ -1,4 +1,4 @@
-"""Beam search and sampling, over a model's prefill, step and reorder_cache."""
+"""Beam search and sampling, with a model's prefill, step and reorder_cache."""
 import math
 
 import torch
@@ -8,8 +8,8 @@ import torch
 def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tokens=None,
                 no_repeat_ngram=0, n_best=1):
     """
-    The n_best captions of each image, best first, at most `beam`: for each a list of (token ids
-    without EOT, log-probability).
+    The n_best captions of each image, best first, at most `beam`: for each image a list of (token
+    ids without EOT, log-probability).
 
     images: uint8 (B, S, S, 3), or encoded. beam=1 is greedy. Finished captions are ranked by
     log-probability / length ** length_penalty, with EOT counted in both. An image is done once
@@ -20,8 +20,8 @@ def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tok
     k = beam
     device = images.device
     caches, image_kv = model.prefill(images, k)
-    words = torch.empty(B, k, 0, dtype=torch.long, device=device)
-    tokens = torch.full((B, k), model.eot_token, device=device)
+    ids = torch.empty(B, k, 0, dtype=torch.long, device=device)  # the tokens so far
+    tokens = torch.full((B, k), model.eot_token, device=device)  # the last of them
     scores = torch.full((B, k), -math.inf, device=device)
     scores[:, 0] = 0.0  # the k beams start out equal: only one counts
     first_row = torch.arange(B, device=device)[:, None] * k
@@ -31,7 +31,7 @@ def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tok
     for t in range(max_tokens + 1):
         logits = model.step(caches, image_kv, tokens.flatten(), t)
         logp = logits.log_softmax(-1)
-        constrain(logp, words.flatten(0, 1), model.eot_token, min_tokens, max_tokens,
+        constrain(logp, ids.flatten(0, 1), model.eot_token, min_tokens, max_tokens,
                   no_repeat_ngram)
         V = logp.size(-1)
         totals = scores[..., None] + logp.view(B, k, V)
@@ -47,15 +47,14 @@ def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tok
         for b, j in ending.nonzero().tolist():
             if not done[b]:
                 logprob = top[b, j].item()
-                ids = words[b, parent[b, j]].tolist()
-                finished[b].append((logprob / length, logprob, ids))
+                finished[b].append((logprob / length, logprob, ids[b, parent[b, j]].tolist()))
 
         # the k best that go on
         scores, best = top.masked_fill(ends, -math.inf).topk(k)
         parent = parent.gather(1, best)
         tokens = tokens.gather(1, best)
-        words = words.gather(1, parent[..., None].expand(-1, -1, t))
-        words = torch.cat([words, tokens[..., None]], dim=2)
+        ids = ids.gather(1, parent[..., None].expand(-1, -1, t))
+        ids = torch.cat([ids, tokens[..., None]], dim=2)
 
         bound = (scores[:, 0] / length).tolist()
         for b in range(B):
@@ -76,8 +75,8 @@ def beam_search(model, images, beam=3, length_penalty=0.5, min_tokens=1, max_tok
 def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, min_tokens=1,
            max_tokens=None, no_repeat_ngram=0, seed=0):
     """
-    num_samples captions of each image: for each a list of (token ids without EOT,
-    log-probability), the latter under the model itself, before temperature and truncation.
+    num_samples captions of each image: for each image a list of (token ids without EOT,
+    log-probability). The log-probability is the model's own: without temperature, top_k and top_p.
 
     images: uint8 (B, S, S, 3), or encoded. top_k keeps only the k most likely tokens (0: all),
     top_p the smallest set with that probability (arXiv 1904.09751).
@@ -89,9 +88,9 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
     # torch.multinomial has been buggy on MPS, so sample on the CPU
     generator = torch.Generator().manual_seed(seed)
     caches, image_kv = model.prefill(images, k)
-    image = torch.arange(B, device=device)  # images whose captions are not all finished
-    words = torch.empty(B * k, 0, dtype=torch.long, device=device)
-    tokens = torch.full((B * k,), model.eot_token, device=device)
+    unfinished = torch.arange(B, device=device)  # images whose captions have not all ended
+    ids = torch.empty(B * k, 0, dtype=torch.long, device=device)  # the tokens so far
+    tokens = torch.full((B * k,), model.eot_token, device=device)  # the last of them
     logprob = torch.zeros(B * k, device=device)
     ended = torch.zeros(B * k, dtype=torch.bool, device=device)
     results = [None] * B
@@ -100,14 +99,14 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
         logits = model.step(caches, image_kv, tokens, t)
         logp = logits.log_softmax(-1)
         logits = logits / temperature
-        constrain(logits, words, model.eot_token, min_tokens, max_tokens, no_repeat_ngram)
+        constrain(logits, ids, model.eot_token, min_tokens, max_tokens, no_repeat_ngram)
         p = truncate(logits, top_k, top_p).softmax(-1)
         tokens = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(device)
         tokens[ended] = model.eot_token
         token_logp = logp.gather(1, tokens[:, None])[:, 0]
         logprob += token_logp.masked_fill(ended, 0.0)
         ended |= tokens == model.eot_token
-        words = torch.cat([words, tokens[:, None]], dim=1)
+        ids = torch.cat([ids, tokens[:, None]], dim=1)
 
         # images leave the batch once all their captions have ended
         done = ended.view(-1, k).all(1)
@@ -115,8 +114,8 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
             continue
         for i in done.nonzero()[:, 0].tolist():
             rows = range(i * k, (i + 1) * k)
-            captions = [until(words[row].tolist(), model.eot_token) for row in rows]
-            results[image[i]] = list(zip(captions, logprob[rows.start:rows.stop].tolist()))
+            captions = [until(ids[row].tolist(), model.eot_token) for row in rows]
+            results[unfinished[i]] = list(zip(captions, logprob[rows.start:rows.stop].tolist()))
         if done.all():
             break
         keep = (~done).nonzero()[:, 0]
@@ -124,28 +123,28 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
         rows = rows.flatten()
         model.reorder_cache(caches, rows)
         image_kv = [kv and [x[keep] for x in kv] for kv in image_kv]
-        image = image[keep]
-        words = words[rows]
+        unfinished = unfinished[keep]
+        ids = ids[rows]
         tokens = tokens[rows]
         logprob = logprob[rows]
         ended = ended[rows]
     return results
 
 
-def constrain(logits, words, eot_token, min_tokens, max_tokens, no_repeat_ngram):
+def constrain(logits, ids, eot_token, min_tokens, max_tokens, no_repeat_ngram):
     """
-    Sets to -inf, in place, the logits (R, V) of tokens that may not follow words (R, t): EOT
-    before min_tokens, all others at max_tokens, and whatever would repeat an n-gram.
+    Sets to -inf, in place, the logits (R, V) of tokens that may not follow ids (R, t), the tokens
+    so far: EOT before min_tokens, all others at max_tokens, and any that would repeat an n-gram.
     """
-    t = words.size(1)
+    t = ids.size(1)
     n = no_repeat_ngram
     eot = logits[:, eot_token].clone()
     if n and t >= n:
-        ngrams = words.unfold(1, n, 1)  # (R, t - n + 1, n)
-        suffix = words[:, t - n + 1:]
+        ngrams = ids.unfold(1, n, 1)  # (R, t - n + 1, n)
+        suffix = ids[:, t - n + 1:]
         repeats = (ngrams[..., :-1] == suffix[:, None]).all(-1)
-        row, place = repeats.nonzero(as_tuple=True)
-        logits[row, ngrams[row, place, -1]] = -math.inf
+        row, i = repeats.nonzero(as_tuple=True)
+        logits[row, ngrams[row, i, -1]] = -math.inf
     if t >= max_tokens:
         logits.fill_(-math.inf)
     too_short = t < min(min_tokens, max_tokens)
@@ -159,7 +158,7 @@ def token_limit(model, max_tokens):
 
 
 def rank(candidate):
-    """The ranking score of beam_search's finished captions."""
+    """The ranking score of one of beam_search's finished captions."""
     return candidate[0]
 
 
@@ -169,7 +168,7 @@ def until(ids, end):
 
 
 def truncate(logits, top_k, top_p):
-    """Sets all but the top_k most likely, or the most likely top_p, of logits (R, V) to -inf."""
+    """Logits (R, V) with all tokens outside of top_k or top_p, see sample, at -inf."""
     if top_k and top_k < logits.size(-1):
         threshold = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)

@@ -1,4 +1,4 @@
-"""A contact sheet: images in a grid, each with its text below; and strips of attention maps."""
+"""Contact sheets: images in a grid, each with its text below; and strips of attention maps."""
 import contextlib
 import math
 import os
@@ -35,7 +35,7 @@ def sheet_format(option, path):
 
 
 def pick_font(texts):
-    """The font that has most of the texts' characters; says on stderr how many it lacks."""
+    """The font that has most of the texts' characters. Reports on stderr how many it lacks."""
     characters = sorted(c for c in set("".join(texts)) if c.isprintable())
     best = ImageFont.load_default(FONT_SIZE)
     missing = missing_in(best, characters)
@@ -59,7 +59,7 @@ def pick_font(texts):
 
 
 def missing_in(font, characters):
-    """Those of the characters that a font draws as it draws what no font has."""
+    """The characters that a font lacks: it draws them like one that no font has."""
     unknown = draw_character(font, "\U0010ffff")
     return [c for c in characters if draw_character(font, c) == unknown]
 
@@ -158,8 +158,8 @@ def draw_text(image, place, lines, font):
 
 def overlay(image, weights):
     """
-    A PIL image with weights (g, g) over it, in viridis from 0 to the largest weight. Where that
-    is, the result is brighter than any pixel with weight 0, whatever the image.
+    A PIL image with weights (g, g) over it, in viridis from 0 to the largest weight. The result is
+    always brighter at the largest weight than where the weight is 0.
     """
     weights = Image.fromarray(np.float32(weights / weights.max()))
     weights = np.asarray(weights.resize(image.size, Image.Resampling.BILINEAR))
@@ -172,8 +172,8 @@ def overlay(image, weights):
 
 def save_bands(path, bands):
     """
-    Writes PIL images of one width, one below the other, to path. Those beyond the format's largest
-    height go to more files: sheet-2.png, ... Returns the paths.
+    Writes bands, PIL images of the same width, to path, one below the other. What exceeds the
+    format's maximum height goes to further files: sheet-2.png, ... Returns the paths.
     """
     format = sheet_format("sheet", path)
     limit = 16_383 if format == "WEBP" else 65_500

@@ -176,12 +176,12 @@ def test_others_are_captions_of_a_wider_beam(server, captioner):
     ("/caption", b"no image", 400, "not a readable image: cannot identify image file"),
     ("/caption", b"", 400, "not a readable image: cannot identify image file"),
     ("/caption", PHOTOS[0][:200], 400, "not a readable image:"),
-    ("/caption?beam=5", PHOTOS[0], 400, "no setting 'beam'; use attention, others, sampling"),
+    ("/caption?beam=5", PHOTOS[0], 400, "no parameter 'beam'; use attention, others, sampling"),
     ("/caption?others=9", PHOTOS[0], 400, "others must be a number from 0 to 8, not '9'"),
     ("/caption?others=", PHOTOS[0], 400, "others must be a number from 0 to 8, not ''"),
     ("/caption?attention=yes", PHOTOS[0], 400, "attention must be a number from 0 to 1"),
-    ("/captions", PHOTOS[0], 404, "images are posted to /caption"),
-    ("/", PHOTOS[0], 404, "images are posted to /caption"),
+    ("/captions", PHOTOS[0], 404, "POST images to /caption"),
+    ("/", PHOTOS[0], 404, "POST images to /caption"),
 ])
 def test_wrong_requests(server, path, body, status, message):
     reply = request(server, path=path, body=body)
@@ -201,7 +201,7 @@ def test_wrong_lengths(server, length, status):
 def test_the_largest_length_is_not_refused(server):
     with send_raw(server, head(2**27)) as connection:
         connection.shutdown(socket.SHUT_WR)
-        assert b"the connection ended before the image" in receive_all(connection)
+        assert b"the connection closed before the whole image arrived" in receive_all(connection)
 
 
 def test_an_answer_arrives_even_if_the_body_was_not_read(server):
@@ -336,7 +336,8 @@ def test_a_failure_of_the_captioner_is_an_answer(server, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(serve, "caption_batch", fail)
         reply = request(server, body=PHOTOS[0])
-    assert (reply.status, reply.json) == (500, {"error": "the captioner failed"})
+    message = "the captioner failed; see the server's stderr"
+    assert (reply.status, reply.json) == (500, {"error": message})
     error = capsys.readouterr().err
     assert error.startswith("serve.py: error: RuntimeError('out of memory")
     assert error.count("\n") == 1
@@ -407,7 +408,7 @@ def started(folder, *args):
     try:
         wait_until(lambda: b"\n" in (folder / "output").read_bytes() or process.exitcode)
         line = (folder / "output").read_text()
-        match = re.fullmatch(r"http://(127\.0\.0\.1):(\d+) \(Ctrl-C ends it\)\n", line)
+        match = re.fullmatch(r"http://(127\.0\.0\.1):(\d+) \(Ctrl-C stops it\)\n", line)
         assert match, line + (folder / "errors").read_text()
         yield process, SimpleNamespace(server_address=(match[1], int(match[2])))
     finally:
