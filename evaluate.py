@@ -135,6 +135,8 @@ def read_references(path, split):
             else:
                 n_empty += 1
     if not texts:
+        if split is None:
+            raise UserError(f"{path} has no captions")
         found = ", ".join(sorted(splits)) or "no splits"
         raise UserError(f"{path} has no captions of split {split!r}; it has {found}")
     for name, captions in texts.items():

@@ -377,7 +377,8 @@ def main():
     args = parser.parse_args()
     check_ranges(args, port=(0, 65535))
     captioner = load(args.out_dir, args.device, args.dtype)
-    good_at = BUNDLED_GOOD_AT if args.out_dir == BUNDLED else GOOD_AT
+    is_bundled = Path(args.out_dir).resolve().is_relative_to(Path(BUNDLED).resolve())
+    good_at = BUNDLED_GOOD_AT if is_bundled else GOOD_AT
     server = Server(captioner, good_at, args.host, args.port)
     host, port = server.server_address[:2]
     address = f"[{host}]" if ":" in host else host

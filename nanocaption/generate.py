@@ -21,8 +21,8 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
     search n_best; see nanocaption/search.py. By default, beam and length_penalty are the
     checkpoint's.
 
-    With attention (beam search with n_best=1 only), each also has "attention": a list of (word, its
-    map: float32 (g, g) over the g x g patches, which sums to 1). See attention_maps.py.
+    With attention (beam search only), the best one also has "attention": a list of (word, its map:
+    float32 (g, g) over the g x g patches, which sums to 1). See attention_maps.py.
     """
     if beam is None:
         beam = captioner.beam
@@ -44,8 +44,8 @@ def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, s
             else:
                 found = model.beam_search(encoded, beam, length_penalty, **limits)
             if attention:
-                captions = [ids for [(ids, _)] in found]
-                words = word_attention(model, captioner.tokenizer, encoded, captions)
+                best = [captions[0][0] for captions in found]
+                words = word_attention(model, captioner.tokenizer, encoded, best)
         for i, captions in enumerate(found):
             described = [describe_caption(captioner, *caption) for caption in captions]
             if attention:

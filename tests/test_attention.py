@@ -177,6 +177,8 @@ def test_colors_and_shapes_look_at_their_objects():
     names = [f"test_{i:05d}.png" for i in range(len(scenes))]
     images = list(shapes.draw_images(scenes, names, 64, 0))
     found = caption_images(captioner, np.stack(images), beam=1, attention=True)
+    [two] = caption_images(captioner, np.stack(images[:1]), beam=2, n_best=2, attention=True)
+    assert [("attention" in caption) for caption in two] == [True, False]
     scores = defaultdict(list)
     for image, scene, [described] in zip(images, scenes, found):
         for word, weights in described["attention"]:

@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
         Image.fromarray(image).save(folder / "photos" / name)
         lines.append(json.dumps({"image": name, "captions": texts}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
+    (folder / "empty.json").write_text("[]")
 
     torch.manual_seed(0)
     data = Dataset(folder / "data")
@@ -306,6 +307,7 @@ def test_bfloat16_scores_almost_as_float32(command, folder):
     ("--save nowhere/x.jsonl", "no folder nowhere; create it first"),
     ("--images FOLDER/photos --captions FOLDER/captions.jsonl --split val",
      "has no captions of split 'val'; it has no splits"),
+    ("--images FOLDER/photos --captions FOLDER/empty.json", "empty.json has no captions"),
     ("--images FOLDER/out --captions FOLDER/captions.jsonl", "0.png, named in "),
 ])
 def test_mistakes_are_one_line(folder, args, message):

@@ -434,6 +434,12 @@ def test_memory_does_not_grow(trained, tmp_path):
     assert sizes[1] - sizes[0] < 30
 
 
+def test_the_page_says_what_the_bundled_checkpoint_is_good_at(tmp_path):
+    with started(tmp_path, "--out_dir=out/flickr8k") as (_, server):
+        page = request(server, "GET", "/").body
+    assert f"Good at {serve.BUNDLED_GOOD_AT}" in page.decode()
+
+
 def test_ctrl_c_ends_it_at_once(trained, tmp_path):
     """While it captions, and while connections are open."""
     with started(tmp_path, "--out_dir", trained) as (process, server):
