@@ -52,7 +52,7 @@ class Options(ModelOptions):
     # I/O
     data_dir: str = "data/flickr8k"   # written by prepare_flickr.py
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
-    init_from: str = "scratch"        # scratch, resume (a new run if there is none) or a checkpoint
+    init_from: str = "scratch"        # scratch, resume (scratch if there is no run) or a checkpoint
     force: bool = False               # overwrite the run in out_dir
     log_interval: int = 20            # steps between log lines
     eval_interval: int = 500          # steps between evaluations; each also saves a checkpoint
@@ -85,7 +85,7 @@ class Options(ModelOptions):
     freeze_encoder: bool = False      # do not train the encoder; see views and cache_features
     tune_blocks: int = 0              # still train the last N blocks of a frozen EfficientNet
     views: int = 1                    # with a frozen encoder: fixed views (augmentations) per image
-    cache_features: bool = True       # store a frozen encoder's features in data_dir (off: recompute)
+    cache_features: bool = True       # store a frozen encoder's features instead of recomputing
     lora_rank: int = 0                # LoRA rank; trains adapters instead of the decoder (0: off)
     lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get an adapter
     # system
@@ -481,7 +481,7 @@ def main():
 
         # forward and backward, with optional gradient accumulation
         n_tokens = train.count_tokens(index)  # over all ranks and micro-steps
-        ce_sum = 0.0  # cross-entropy, or in self-critical training -reward
+        ce_sum = 0.0  # cross-entropy, or -reward in self-critical training
         shards = np.split(np.arange(len(index)), options.grad_accum * world)
         for micro_step in range(options.grad_accum):
             shard = shards[micro_step * world + rank]
@@ -504,11 +504,11 @@ def main():
         finite = math.isfinite(grad_norm)
         if finite:
             optimizer.step()
-            momentum = min(options.momentum, (2 + state.step) / (11 + state.step))  # ramps up
+            momentum = min(options.momentum, (2 + state.step) / (11 + state.step))  # lower early on
             update_teacher(teacher, model, momentum)
         optimizer.zero_grad()
 
-        # sum over ranks: the loss, rank 0's clock, and signals (any nonzero sum means stop)
+        # sum over ranks: the loss, rank 0's clock, and signals (nonzero: stop)
         seconds = time.perf_counter() - start if rank == 0 else 0.0
         ce = ce_sum.item() if finite else 0.0
         ce, seconds, stopped = all_reduce([ce, seconds, stop.number], world)

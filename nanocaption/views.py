@@ -65,7 +65,7 @@ class FrozenViews:
 
     @torch.no_grad()
     def compute(self, index, view):
-        """float16 (len(index), n, c)"""
+        """The features of one view of these images, float16 (len(index), n, c)."""
         training = self.model.training
         self.model.eval()
         device = self.model.mean.device
@@ -115,7 +115,7 @@ class FrozenViews:
         self.features = features
 
     def compute_all(self, index):
-        """float16 (len(index), V, n, c)"""
+        """The features of all views of these images, float16 (len(index), V, n, c)."""
         return np.stack([self.compute(index, view) for view in range(self.n_view)], axis=1)
 
 
