@@ -301,8 +301,7 @@ def find_start(options, source, data, rank=0):
             value = absolute_source(value)
         explicit = source.get(name) == "command line" or (resume and name in source)
         if value != wanted and explicit:
-            raise UserError(f"{name} is {wanted} here but {value} in the checkpoint; "
-                            "leave it unset")
+            raise UserError(f"{name} is {wanted} here but {value} in the checkpoint; omit {name}")
         setattr(options, name, value)
     if resume:
         if options.dtype == "auto":

@@ -1,4 +1,4 @@
-# Flickr30k at 224 pixels, for one GPU with 24 GB or more. Not yet run.
+# Flickr30k at 224 pixels, for one GPU with 24 GB or more. Not run yet.
 #   python prepare_flickr.py --image_size 256 --out_dir data/flickr30k-256
 data_dir = "data/flickr30k-256"
 out_dir = "out/base"

@@ -1,5 +1,5 @@
-# CLIP's ViT-B/16 and GPT-2, like config/gpt2_vit.py, but the encoder is trained too, at a tenth of
-# the learning rate. Not run on real weights yet.
+# CLIP's ViT-B/16 and GPT-2, like config/gpt2_vit.py, but the encoder is trained as well, at a tenth
+# of the learning rate. Not run on real weights yet.
 #   python prepare_flickr.py --image_size 224 --tokenizer gpt2 --keep_used \
 #       --out_dir data/flickr30k-gpt2
 data_dir = "data/flickr30k-gpt2"

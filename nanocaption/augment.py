@@ -12,9 +12,8 @@ def augment(images, seeds, may_flip, options):
     uint8 (B, S, S, 3) -> float (B, s, s, 3) with s = options.image_size, on the scale 0..255
     (jitter may go a little beyond).
 
-    One affine resampling crops and mirrors each image. Its parameters are drawn from the image's
-    own seed, a tuple of ints, so the result does not depend on how a batch is split over GPUs.
-    may_flip: bool (B,).
+    One affine sampling crops and mirrors an image. It depends only on the image's seed, a tuple of
+    ints, not on how a batch is split over GPUs. may_flip: bool (B,).
     """
     B = len(images)
     size = options.image_size
