@@ -3,9 +3,10 @@ Checkpoints: what they hold, how they are read, how a run starts from one.
 
 A checkpoint is a dict of tensors, strings, numbers, lists and dicts, so it loads with
 weights_only=True: version, options, vocab_size, tokenizer (ranks, pattern, ids), fingerprint of
-the data, model (the weights that were trained), source_hashes (of the frozen parts' weights),
-flickr_ids (hashes of the training images' ids). last.pt adds teacher, optimizer and state, which a
-resumed run needs; best.pt holds the better of student and teacher in half precision.
+the data, model (a state dict without frozen pretrained weights), source_hashes (of those weights),
+flickr_ids (hashes of the training images' ids), search (beam search's defaults). last.pt adds
+teacher, optimizer and state, to resume from. best.pt holds the weights, of student or teacher, with
+the best CIDEr so far, in half precision; it adds which of the two, the step and the scores.
 """
 import re
 import sys
@@ -35,13 +36,13 @@ RENAMED = {  # since version 1, by prefix
 }
 PRETRAINED = dict(encoder="", decoder="", freeze_encoder=False, tune_blocks=0, lora_rank=0,
                   lora_targets="qkv|proj|fc")  # train.py's defaults
-# options that a checkpoint's weights depend on; dropout may change
+# options that a checkpoint's weights fix; dropout may change
 ARCHITECTURE = {field.name for field in fields(ModelOptions)} - {"dropout", "word_dropout"}
 ARCHITECTURE |= set(PRETRAINED)
 
 
 def pick_device(name="auto"):
-    """auto: CUDA if available, else MPS, else CPU. Raises UserError for a device torch lacks."""
+    """auto: CUDA if available, else MPS, else CPU. Raises UserError if a device is unavailable."""
     if name in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -61,7 +62,7 @@ def pick_device(name="auto"):
 def read_checkpoint(path):
     """
     path: a checkpoint or a folder that holds best.pt or last.pt -> the checkpoint's dict, with
-    tensors on the CPU. Raises UserError if there is none or the file is not one of ours.
+    tensors on the CPU. Raises UserError if there is none, or if it is not a nanoCaption checkpoint.
     """
     path = Path(path)
     if path.is_dir():
@@ -91,12 +92,13 @@ def read_checkpoint(path):
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if checkpoint["version"] != VERSION:
-        raise UserError(f"{path} has version {checkpoint['version']}; this code reads {VERSION}")
+        raise UserError(f"{path} has format version {checkpoint['version']}; this code reads "
+                        f"{VERSION}: use the code that wrote it")
     return checkpoint
 
 
 def upgrade(checkpoint, path):
-    """Version 1 -> 2, for weights only. Raises UserError if a dropped option was in use."""
+    """Version 1 -> 2, without the optimizer. Raises UserError if a removed option was in use."""
     options = dict(checkpoint["options"])
     for name, constant in CONSTANTS.items():
         value = options.pop(name, constant)
@@ -106,15 +108,15 @@ def upgrade(checkpoint, path):
     options["local_conv"] = options.pop("local", False)
     weights = upgrade_weights(checkpoint["model"], options)
     upgraded = dict(checkpoint, version=2, options=options, model=weights)
-    # a run of version 1 cannot be resumed
+    # a version 1 run cannot be resumed
     upgraded.pop("optimizer", None)
     return upgraded
 
 
 def upgrade_weights(weights, options):
     """
-    {name: tensor} of version 1 -> of version 2. Zeros stand in for biases and positions that some
-    pretrained parts did not have; DINOv2's LayerScale is folded into the layer before it.
+    A state dict of version 1 -> of version 2. Zeros stand in for biases and positions that some
+    pretrained parts used to lack; DINOv2's LayerScale is folded into the layer before it.
     """
     renamed = dict(RENAMED)
     if options.get("encoder_family", "own") != "own":
@@ -160,8 +162,8 @@ def make_model(options, vocab_size, mean=(0.5,) * 3, std=(0.25,) * 3, ids=None,
 
 def frozen_names(model):
     """
-    The names of frozen parameters that can be read again from where they came, options.encoder or
-    options.decoder; checkpoints leave them out.
+    The names of the frozen parameters that checkpoints leave out, because they can be loaded again
+    from options.encoder or options.decoder.
     """
     names = set()
     for name, p in model.named_parameters():
@@ -173,8 +175,8 @@ def frozen_names(model):
 
 def restore(model, weights, frozen=None):
     """
-    Loads a checkpoint's weights into a model that has the frozen ones already. Raises UserError if
-    they do not fit.
+    Loads a checkpoint's weights into a model. frozen: names of those that the checkpoint lacks and
+    the model already has (None: frozen_names(model)). Raises UserError if the weights do not fit.
     """
     if frozen is None:
         frozen = frozen_names(model)
@@ -189,11 +191,11 @@ def restore(model, weights, frozen=None):
 
 
 def check_sources(model, checkpoint):
-    """Raises UserError if a frozen part has other weights than the checkpoint was trained with."""
+    """Raises UserError if a frozen part's weights changed since the checkpoint was trained."""
     for part, expected in checkpoint.get("source_hashes", {}).items():
         if model.source_hashes[part] != expected:
             raise UserError(f"the {part}'s weights in {getattr(model.options, part)} are not the "
-                            "ones the checkpoint was trained with; restore those")
+                            "ones the checkpoint was trained with; restore the original ones")
 
 
 def build(checkpoint):
@@ -201,7 +203,7 @@ def build(checkpoint):
     options = ModelOptions()
     for name, value in {**PRETRAINED, **checkpoint["options"]}.items():
         setattr(options, name, value)
-    # the checkpoint holds trained parts in full, so their pretrained weights are not needed
+    # parts that were trained are complete in the checkpoint; do not load their pretrained weights
     if not options.freeze_encoder:
         options.encoder = ""
     if not options.lora_rank:
@@ -231,7 +233,7 @@ class LoadedCaptioner:
 
 
 def load(path=BUNDLED, device="auto", dtype="auto"):
-    """Loads a checkpoint, or the folder that holds it; see pick_device and pick_dtype."""
+    """Loads the captioner in a checkpoint or its folder; see pick_device and pick_dtype."""
     checkpoint = read_checkpoint(path)
     device = pick_device(device)
     dtype, _ = pick_dtype(dtype, device)
@@ -255,10 +257,10 @@ def load(path=BUNDLED, device="auto", dtype="auto"):
 
 def find_start(options, source, data, rank=0):
     """
-    What options.init_from names -> (checkpoint or None, whether to resume).
+    Reads what options.init_from names. Returns (checkpoint or None, whether to resume it).
 
-    Sets the options that are fixed by the checkpoint's weights. Raises UserError if the command
-    line (or, when resuming, the config) contradicts them. source: {option: where it was set}.
+    Sets the options that the checkpoint's weights fix. Raises UserError if the command line (or,
+    when resuming, the config) contradicts them. source: {option: where it was set}.
     """
     last = Path(options.out_dir, "last.pt")
     best = last.with_name("best.pt")
@@ -282,8 +284,8 @@ def find_start(options, source, data, rank=0):
     path = last if resume else options.init_from
     checkpoint = read_checkpoint(path)
     if resume and "optimizer" not in checkpoint:
-        raise UserError(f"{last} cannot be resumed; --init_from={last} with another --out_dir "
-                        "starts from its weights")
+        raise UserError(f"{last} cannot be resumed: it has no optimizer state; "
+                        f"--init_from={last} with another --out_dir starts from its weights")
     if checkpoint["tokenizer"]["ranks"] != data.tokenizer_text:
         raise UserError(f"{options.data_dir} was not prepared with the checkpoint's tokenizer; "
                         f"prepare it again with --tokenizer {path}")
@@ -299,7 +301,7 @@ def find_start(options, source, data, rank=0):
             value = absolute_source(value)
         explicit = source.get(name) == "command line" or (resume and name in source)
         if value != wanted and explicit:
-            raise UserError(f"{name} is {wanted} here but {value} in the checkpoint")
+            raise UserError(f"{name} is {wanted} here but {value} in the checkpoint; omit {name}")
         setattr(options, name, value)
     if resume:
         if options.dtype == "auto":
@@ -310,7 +312,7 @@ def find_start(options, source, data, rank=0):
 
 
 def report_changes(options, saved, rank):
-    """Prints which options of a resumed run differ from those it was started with."""
+    """Prints which options of a resumed run differ from those in its checkpoint."""
     changes = []
     for name, old in saved.items():
         new = getattr(options, name, old)
@@ -321,7 +323,7 @@ def report_changes(options, saved, rank):
 
 
 def about_run(options, data, model, parent):
-    """What every checkpoint of a run says about it. parent: the one it starts from, or None."""
+    """The metadata of a run's checkpoints. parent: the checkpoint it starts from, or None."""
     tokenizer = dict(ranks=data.tokenizer_text, pattern=data.meta["pattern"], ids=data.token_ids)
     flickr_ids = {flickr_hash(name) for name in data.split("train").names} - {None}
     if parent and "flickr_ids" in parent:
@@ -334,7 +336,7 @@ def about_run(options, data, model, parent):
 
 
 def rank_facts(about, step):
-    """What all ranks must agree on: paths may differ between machines, but not what is there."""
+    """What all ranks must agree on. Input paths may differ between machines, contents may not."""
     facts = dict(about["options"], step=step, data=about["fingerprint"])
     return facts | dict(data_dir="", encoder="", decoder="") | about["source_hashes"]
 
@@ -345,7 +347,7 @@ def trained_weights(model, frozen):
 
 
 def halve(weights):
-    """A state dict in half precision, except for the normalization of images."""
+    """A state dict in half precision, except for the mean and std of images."""
     return {name: t if name in ("mean", "std") else t.half() for name, t in weights.items()}
 
 
@@ -386,9 +388,9 @@ def resume_run(checkpoint, model, teacher, optimizer, options):
         optimizer.load_state_dict(checkpoint["optimizer"])
     except ValueError:
         raise UserError(f"{options.out_dir}/last.pt was trained with a different optimizer, "
-                        "lr_scale or weight_decay") from None
+                        "lr_scale or weight_decay; use the original ones") from None
     for group, settings in zip(optimizer.param_groups, given):
         group.update(settings)
-    # copied by now; a run should not hold them twice
+    # free them: they have been copied into the models
     del checkpoint["model"], checkpoint["teacher"]
     return checkpoint["state"]

@@ -52,11 +52,11 @@ class Options(ModelOptions):
     # I/O
     data_dir: str = "data/flickr8k"   # written by prepare_flickr.py
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
-    init_from: str = "scratch"        # scratch, resume (from scratch if no run) or a checkpoint
+    init_from: str = "scratch"        # scratch, resume (scratch if there is no run) or a checkpoint
     force: bool = False               # overwrite the run in out_dir
-    log_interval: int = 20            # steps between lines of the log
-    eval_interval: int = 500          # steps between evaluations, each with a checkpoint
-    eval_images: int = 1000           # how many validation images to use
+    log_interval: int = 20            # steps between log lines
+    eval_interval: int = 500          # steps between evaluations; each also saves a checkpoint
+    eval_images: int = 1000           # number of validation images to use
     # duration: whichever limit comes first
     max_iters: int = 0                # optimizer steps (0: no limit)
     max_minutes: float = 0.0          # training time, not counting evaluation (0: no limit)
@@ -72,20 +72,20 @@ class Options(ModelOptions):
     momentum: float = 0.999           # EMA decay of the teacher's weights
     samples: int = 0                  # self-critical training: samples per image (0: off)
     # optimizer
-    optimizer: str = "adamw"          # adamw; or muon for the blocks' matrices, AdamW for the rest
+    optimizer: str = "adamw"          # adamw, or muon (blocks' matrices only; AdamW for the rest)
     learning_rate: float = 1e-3       # peak learning rate of AdamW
     muon_lr: float = 0.02             # peak learning rate of Muon
     lr_scale: str = ""                # learning rate factors by name, e.g. "encoder=0.1 wte=0.5"
-    weight_decay: float = 0.1         # for matrices only
+    weight_decay: float = 0.1         # for tensors with 2 or more dimensions
     grad_clip: float = 1.0            # maximum norm of the gradient (0: no clipping)
-    warmup_iters: int = 100           # steps of linear warmup, on top of cosine decay to 0
+    warmup_iters: int = 100           # steps of linear warmup; cosine decay to 0 over the run
     # pretrained parts, see pretrained.py
-    encoder: str = ""                 # efficientnet_lite0, 1, 2; or a Hugging Face name or folder
+    encoder: str = ""                 # efficientnet_lite0, 1 or 2; or a Hugging Face name or folder
     decoder: str = ""                 # a Hugging Face name or folder, e.g. gpt2
-    freeze_encoder: bool = False      # do not train the encoder; it encodes each view only once
+    freeze_encoder: bool = False      # do not train the encoder; see views and cache_features
     tune_blocks: int = 0              # still train the last N blocks of a frozen EfficientNet
-    views: int = 1                    # with a frozen encoder: number of fixed views of each image
-    cache_features: bool = True       # store a frozen encoder's features in data_dir
+    views: int = 1                    # with a frozen encoder: fixed views (augmentations) per image
+    cache_features: bool = True       # store a frozen encoder's features instead of recomputing
     lora_rank: int = 0                # LoRA rank; trains adapters instead of the decoder (0: off)
     lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get an adapter
     # system
@@ -96,7 +96,7 @@ class Options(ModelOptions):
     seed: int = 0                     # for weights, data order, augmentation and dropout
 
     def check_run(self):
-        """Raises ValueError, with a one-line message, for values that make no sense."""
+        """Raises ValueError, with a one-line message, for bad values and combinations."""
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, not {self.optimizer!r}")
         check_ranges(
@@ -129,7 +129,7 @@ class Options(ModelOptions):
 
 
 def read_options(argv):
-    """The command line -> checked Options, and the source of each one that was set."""
+    """The command line -> checked Options, and where each option that was set comes from."""
     options, source = parse_options(Options, argv, __doc__)
     options.encoder = absolute_source(options.encoder)
     options.decoder = absolute_source(options.decoder)
@@ -148,7 +148,7 @@ def read_options(argv):
 
 
 def check_options(options):
-    """Raises UserError for options that make no sense."""
+    """Like options.check and check_run, but raises UserError."""
     try:
         options.check()
         options.check_run()
@@ -161,12 +161,12 @@ def check_options(options):
 
 @lru_cache(maxsize=2)
 def epoch_order(seed, epoch, n):
-    """The order of n training images in an epoch."""
+    """The order of the n training images in this epoch, a permutation of their indices."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def next_batch(n_seen, n_train, options):
-    """The next step's images, the same on every rank: their indices and epochs, (batch_size,)."""
+    """The next step's images on all ranks: their indices and epochs, (batch_size,) each."""
     epochs, places = np.divmod(np.arange(n_seen, n_seen + options.batch_size), n_train)
     index = [epoch_order(options.seed, int(e), n_train)[i] for e, i in zip(epochs, places)]
     return np.array(index), epochs
@@ -174,8 +174,8 @@ def next_batch(n_seen, n_train, options):
 
 def get_batch(split, index, model, features=None):
     """
-    Images, uint8 (B, S, S, 3), and their captions (see model.pack), on the model's device. features
-    of a frozen encoder take the place of the images.
+    Images, uint8 (B, S, S, 3), and their captions (see model.pack), on the model's device. If
+    given, a frozen encoder's features are returned in place of the images.
     """
     device = model.mean.device
     if features is None:
@@ -195,9 +195,9 @@ class TrainSplit:
         self.captions = self.split.captions
         self.n_captions = np.diff(self.split.image_start)
         lengths = np.diff(self.split.caption_start)
-        self.n_cut = int((lengths > max_tokens).sum())  # captions that are too long
+        self.n_cut = int((lengths > max_tokens).sum())  # captions that get cut
         lengths = np.minimum(lengths, max_tokens)
-        self.n_tokens = np.add.reduceat(lengths, self.split.image_start[:-1])
+        self.n_tokens = np.add.reduceat(lengths, self.split.image_start[:-1])  # per image
         self.may_flip = np.array([not names_a_side(texts) for texts in self.captions])
         self.frequencies = train_frequencies(self.captions) if options.samples else None
         self.views = None
@@ -214,7 +214,7 @@ class TrainSplit:
         return self.n_tokens[index].sum()
 
     def get_batch(self, index, epochs, model):
-        """Like get_batch, augmented. What happens to an image depends on seed, epoch and index."""
+        """Like get_batch, with augmentation that depends only on seed, epoch and index."""
         options = self.options
         if self.views:
             views = pick_views(index, epochs, options)
@@ -228,20 +228,20 @@ class TrainSplit:
     def sample_batch(self, images, index, model, seed):
         """For self-critical training: sampled captions with advantages, and -(total reward)."""
         references = [self.captions[i] for i in index]
-        words, rewards = sample_captions(model, images, references, self.frequencies,
-                                         self.tokenizer, self.options.samples, seed)
-        captions = pack(words, model.eot_token, model.max_tokens)
+        samples, rewards = sample_captions(model, images, references, self.frequencies,
+                                           self.tokenizer, self.options.samples, seed)
+        captions = pack(samples, model.eot_token, model.max_tokens)
         captions["advantage"] = token_advantages(rewards, captions, model.max_tokens)
         captions = {name: t.to(images.device) for name, t in captions.items()}
         return captions, -rewards.sum()
 
 
 # -----------------------------------------------------------------------------
-# momentum teacher (ALBEF, arXiv 2107.07651)
+# EMA teacher ("momentum model" in ALBEF, arXiv 2107.07651)
 
 def make_teacher(model):
-    """A copy of the model that is never trained, in eval mode. It shares frozen parameters."""
-    # deepcopy's memo: what is in it is shared, not copied
+    """A copy of the model that is never trained, in eval mode. Frozen parameters are shared."""
+    # deepcopy shares what is in its memo instead of copying it
     memo = {id(p): p for p in model.parameters() if not p.requires_grad}
     teacher = copy.deepcopy(model, memo)
     return teacher.requires_grad_(False).eval()
@@ -253,7 +253,7 @@ def update_teacher(teacher, model, momentum):
     averages = []
     weights = []
     for t, p in zip(teacher.parameters(), model.parameters()):
-        # frozen parameters are shared
+        # a frozen parameter is the same object in both
         if t is not p:
             averages.append(t)
             weights.append(p.detach())
@@ -264,7 +264,7 @@ def update_teacher(teacher, model, momentum):
 # evaluation
 
 class ValSplit:
-    """The first eval_images of the validation split, and their references."""
+    """The first eval_images images of the validation split, and their references."""
 
     def __init__(self, data, model, options):
         self.split = data.split("val")
@@ -290,8 +290,8 @@ class ValSplit:
 @torch.no_grad()
 def evaluate(model, val, rank, world):
     """
-    Returns a model's scores and its captions. Scores: loss in nats per token; the loss with
-    shuffled images, about the same if the model ignores its images; CIDEr of greedy
+    Returns a model's scores and its captions. Scores: the loss in nats per token; the loss with
+    shuffled images, which is about the same if the model ignores its images; the CIDEr of greedy
     captions; the fraction of distinct captions.
     """
     model.eval()
@@ -326,7 +326,7 @@ def evaluate(model, val, rank, world):
 
 
 def evaluate_both(model, teacher, val, about, state, rank, world):
-    """Evaluates student and teacher. A new best CIDEr (ties: the lower loss) becomes best.pt."""
+    """Evaluates both models; one with a new best CIDEr (ties: lower loss) becomes best.pt."""
     results = {}
     for name, candidate in (("student", model), ("teacher", teacher)):
         scores, texts = evaluate(candidate, val, rank, world)
@@ -349,7 +349,7 @@ class State:
     step: int = 0
     images: int = 0       # seen so far
     seconds: float = 0.0  # of training
-    skipped: int = 0      # steps in a row without a finite gradient
+    skipped: int = 0      # consecutive steps, so far, without a finite gradient
     best: list = field(default_factory=lambda: [-1.0, 0.0])  # CIDEr and -loss of best.pt
     # since the last line of the log: cross-entropy, tokens, images, captions, seconds
     sums: list = field(default_factory=lambda: [0.0] * 5)
@@ -378,14 +378,14 @@ def lr_multiplier(step, progress, options):
 
 def compile_parts(options, *models):
     """
-    If asked for, compiles all but the output head, which computes its own gradient. Raises
+    With --compile, compiles all but the output head, which is a torch.autograd.Function. Raises
     UserError if torch.compile does not work here.
     """
     if not options.compile:
         return
     try:
         torch.compile(lambda x: x + 1)(models[0].mean)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch raises many kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise UserError("--compile needs a working C++ compiler (g++, clang or MSVC); install one, "
                         f"or use --compile=False ({reason})") from None
@@ -396,11 +396,11 @@ def compile_parts(options, *models):
 
 def build_model(options, data, checkpoint, resume):
     """The model on the CPU, with the checkpoint's weights if there is one."""
-    check_options(options)  # again: find_start may have changed some
+    check_options(options)  # again: find_start may have changed options
     if options.image_size > data.image_size:
         raise UserError(f"image_size {options.image_size} exceeds the {data.image_size} that "
                         f"{options.data_dir} was prepared with; train at a smaller size, or "
-                        "prepare it with a larger --image_size")
+                        "prepare it again with a larger --image_size")
     pattern = DECODER_PATTERNS.get(options.decoder_family)
     if options.decoder and data.meta["pattern"] != pattern:
         raise UserError(f"{options.data_dir} was not prepared with the tokenizer of "
@@ -428,7 +428,7 @@ def finish(options, state, stopped, stop, rank, world):
         if rank == 0:
             print(f"stopped at step {state.step}; rerun with --init_from=resume to continue",
                   file=sys.stderr)
-        # this or another rank was told to stop
+        # stop.number is 0 if only another rank got a signal
         sys.exit(128 + (stop.number or signal.SIGTERM))
 
 
@@ -455,20 +455,20 @@ def main():
     ddp_model = DistributedDataParallel(model) if world > 1 else model
 
     # no rank writes to out_dir until all ranks agree
-    about = about_run(options, data, model, checkpoint)
+    about = about_run(options, data, model, checkpoint)  # metadata for the run's checkpoints
     check_ranks_agree(rank_facts(about, state.step), rank, world)
     if options.freeze_encoder and options.cache_features:
         fill_views(train.views, val.views, data, rank, world)
     stop = StopSignal(options.out_dir, quiet=rank > 0)
     if rank == 0:
-        lock = open_out_dir(options, state, lock, resume)
+        lock = open_out_dir(options, state, lock, resume)  # held until the process exits
         log_start(options, state, model, train, val, device, world, dtype_reason)
         if checkpoint and not resume:
             # if the run is killed before its first save, it resumes from these weights
             save_last(about, model, teacher, optimizer, state)
 
     stopped = False
-    saved = state.seconds
+    last_save = state.seconds
     while state.progress(options) < 1 and not stopped:
         start = time.perf_counter()
         index, epochs = next_batch(state.images, len(train), options)
@@ -480,17 +480,17 @@ def main():
         alpha = options.alpha * min(1, state.images / len(train))
 
         # forward and backward, with optional gradient accumulation
-        n_tokens = train.count_tokens(index)
-        ce_sum = 0.0
+        n_tokens = train.count_tokens(index)  # over all ranks and micro-steps
+        ce_sum = 0.0  # cross-entropy, or -reward in self-critical training
         shards = np.split(np.arange(len(index)), options.grad_accum * world)
         for micro_step in range(options.grad_accum):
             shard = shards[micro_step * world + rank]
-            seed = hash((options.seed, state.step, micro_step, rank))  # the same in any process
+            seed = hash((options.seed, state.step, micro_step, rank))  # reproducible: all ints
             images, captions = train.get_batch(index[shard], epochs[shard], model)
             with autocast:
                 if options.samples:
                     captions, minus_reward = train.sample_batch(images, index[shard], model, seed)
-                model.train()
+                model.train()  # sampling and evaluation leave it in eval mode
                 torch.manual_seed(seed)  # for dropout
                 # sync gradients only after the last micro-step (no effect without DDP)
                 ddp_model.require_backward_grad_sync = micro_step == options.grad_accum - 1
@@ -504,7 +504,7 @@ def main():
         finite = math.isfinite(grad_norm)
         if finite:
             optimizer.step()
-            momentum = min(options.momentum, (2 + state.step) / (11 + state.step))  # warmup
+            momentum = min(options.momentum, (2 + state.step) / (11 + state.step))  # lower early on
             update_teacher(teacher, model, momentum)
         optimizer.zero_grad()
 
@@ -525,9 +525,9 @@ def main():
         if evaluating:
             with autocast:
                 evaluate_both(model, teacher, val, about, state, rank, world)
-        if rank == 0 and (evaluating or stopped or state.seconds - saved > SAVE_SECONDS):
+        if rank == 0 and (evaluating or stopped or state.seconds - last_save > SAVE_SECONDS):
             save_last(about, model, teacher, optimizer, state)
-            saved = state.seconds
+            last_save = state.seconds
 
     finish(options, state, stopped, stop, rank, world)
 

@@ -6,7 +6,7 @@ data_dir = "data/flickr30k-gpt2"
 out_dir = "out/gpt2_vit"
 encoder = "google/vit-base-patch16-224-in21k"
 freeze_encoder = True
-# as is, mirrored, and six random crops; caching their features would take 70 GB
+# the image itself, mirrored, and six random crops; storing their features would take 70 GB
 views = 8
 cache_features = False
 decoder = "gpt2"
@@ -15,7 +15,7 @@ block_size = 96
 max_iters = 10000
 batch_size = 64
 learning_rate = 5e-5
-# cross-attention is new and learns faster
+# cross-attention is new, so it gets a higher learning rate
 lr_scale = "cross=10"
 warmup_iters = 500
 dropout = 0.1

@@ -1,5 +1,5 @@
-# The drawn dataset, offline. Three minutes on 2 cores of an Intel Xeon (AMX) give an exact match
-# of 0.99 on held-out scenes.
+# The drawn shapes of data/shapes/prepare.py. After three minutes on 2 cores of an Intel Xeon (AMX),
+# 99% of the captions of held-out scenes match a reference word for word.
 data_dir = "data/shapes"
 out_dir = "out/shapes"
 max_minutes = 3

@@ -1,4 +1,4 @@
-# Second stage of config/small.py: self-critical training, which tunes the captioner on CIDEr.
+# Second stage of config/small.py: self-critical training, which tunes the captioner for CIDEr-D.
 #   python train.py config/small_scst.py --init_from=out/small
 data_dir = "data/flickr8k-260"
 out_dir = "out/small_scst"

@@ -12,8 +12,8 @@ def augment(images, seeds, may_flip, options):
     uint8 (B, S, S, 3) -> float (B, s, s, 3) with s = options.image_size, on the scale 0..255
     (jitter may go a little beyond).
 
-    Each image is cropped and mirrored by one affine sampling, drawn from its own seed, a tuple of
-    ints: the result does not depend on how a batch is split over GPUs. may_flip: bool (B,).
+    One affine sampling crops and mirrors an image. It depends only on the image's seed, a tuple of
+    ints, not on how a batch is split over GPUs. may_flip: bool (B,).
     """
     B = len(images)
     size = options.image_size
@@ -24,7 +24,7 @@ def augment(images, seeds, may_flip, options):
         area, stretch, x, y, mirror = rng.random(5)
         factors[i] = torch.from_numpy(1 + options.jitter * (2 * rng.random(3) - 1))
         side = math.sqrt(options.crop + (1 - options.crop) * area)
-        # an aspect ratio of up to 4:3
+        # w / h is between 3:4 and 4:3
         ratio = (4 / 3) ** (stretch - 0.5) if options.crop < 1 else 1.0
         w = min(side * ratio, 1.0)
         h = min(side / ratio, 1.0)

@@ -1,4 +1,4 @@
-"""torchrun: rank, world size and device of this process, and what all ranks have to agree on."""
+"""Training with torchrun: this process's rank and device, and communication between ranks."""
 import os
 import sys
 import warnings
@@ -13,8 +13,8 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 def read_ranks():
     """
-    Rank and world size from the environment variables that torchrun sets, or another launcher such
-    as Slurm's; 0 and 1 without them. Raises UserError if they are incomplete or make no sense.
+    Rank and world size from the environment variables that torchrun or another launcher sets; 0 and
+    1 without them. Raises UserError if they are incomplete or make no sense.
     """
     environment = {name: os.environ.get(name, "") for name in VARIABLES}
     rank = environment["RANK"] or "0"
@@ -36,26 +36,26 @@ def init_distributed(device, options):
     """
     rank, world = read_ranks()
     if options.batch_size % (world * options.grad_accum):
-        raise UserError(f"batch_size {options.batch_size} is not divisible by {world} ranks x "
-                        f"{options.grad_accum} micro-steps")
+        raise UserError(f"batch_size {options.batch_size} is not a multiple of ranks x grad_accum "
+                        f"({world} x {options.grad_accum}); change batch_size or grad_accum")
     if world == 1:
         return rank, world, device
     if device.type == "cuda":
         n_gpu = torch.cuda.device_count()
-        # without torchrun, ranks are usually numbered machine by machine
+        # other launchers than torchrun usually number ranks machine by machine
         local_rank = int(os.environ.get("LOCAL_RANK", rank % n_gpu))
         if local_rank >= n_gpu:
             raise UserError(f"each process needs a GPU of its own, but this machine has {n_gpu}; "
                             f"use --nproc_per_node={n_gpu}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    # of 1 x 1 and depthwise convolutions, whose strides are ambiguous; the gradient is right
+    # DDP warns about 1 x 1 and depthwise convolutions, whose strides are ambiguous; it is harmless
     warnings.filterwarnings("ignore", "Grad strides do not match")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (ValueError, dist.DistError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"rank {rank} does not reach the others at {where} (MASTER_ADDR and "
+        raise UserError(f"rank {rank} cannot reach the others at {where} (MASTER_ADDR and "
                         f"MASTER_PORT): {error}") from None
     return rank, world, device
 

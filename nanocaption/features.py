@@ -4,8 +4,8 @@ A frozen encoder's features of each view of each image, stored in data_dir/featu
 SPLIT.bin       float16 (N, V, n, C)    V views of each image, n vectors each
 SPLIT_crc.bin   uint32 (chunks,)        CRC-32 of each chunk of images; 0 until it is computed
 
-KEY is a hash of everything that they depend on, so stale features are never used; neither are
-damaged ones, which are computed again.
+KEY is a hash of everything that the features depend on, so stale features are never used. Damaged
+ones are computed again.
 """
 import hashlib
 import json
@@ -39,7 +39,7 @@ def weights_hash(module):
 
 
 class Features:
-    """The features of one split, of shape (N, V, n, C), perhaps not all of them computed yet."""
+    """The stored features of one split, (N, V, n, C); some may not be computed yet."""
 
     def __init__(self, folder, split, shape):
         self.folder = folder
@@ -53,7 +53,7 @@ class Features:
         return 2 * int(np.prod(self.shape, dtype=np.int64))
 
     def chunk(self, c):
-        """The images of a chunk, int (at most CHUNK,)."""
+        """The indices of the images in a chunk, int (at most CHUNK,)."""
         return np.arange(c * CHUNK, min((c + 1) * CHUNK, self.shape[0]))
 
     def map(self, mode):
@@ -61,7 +61,7 @@ class Features:
         return np.memmap(self.path, np.float16, mode, shape=self.shape)
 
     def read(self, index, views):
-        """The features of images index in these views, int (B,) each -> float16 (B, n, C)."""
+        """The features of these images and views, int (B,) each -> float16 (B, n, C)."""
         # a new map for each call, because pages stay in memory until their map is closed
         return self.map("r")[np.asarray(index), np.asarray(views)]
 
@@ -88,7 +88,7 @@ class Features:
                     file.truncate(size)
 
     def write(self, c, values):
-        """Writes a chunk, then its checksum: a chunk that was cut off counts as missing."""
+        """Writes a chunk, then its checksum, so that a partly written chunk counts as missing."""
         values = np.ascontiguousarray(values, np.float16)
         with open(self.path, "r+b") as file:
             file.seek(c * CHUNK * values[0].nbytes)
@@ -112,9 +112,9 @@ def checksum(values):
 
 def compute_features(features, make_views, what, rank=0, world=1):
     """
-    Computes the chunks that are missing, with the work shared by all ranks; a later call continues
-    where one was interrupted. make_views(index) returns float16 (len(index), V, n, C). Raises
-    UserError if there is not enough disk space.
+    Computes the missing chunks, split among the ranks; if interrupted, the next call continues.
+    make_views(index) returns float16 (len(index), V, n, C). Raises UserError if there is not enough
+    disk space.
     """
     missing = features.missing()
     if not any(gather(len(missing), world)):
@@ -125,9 +125,10 @@ def compute_features(features, make_views, what, rank=0, world=1):
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise UserError(f"the features of {what} need {needed / 1e9:.1f} GB in "
-                            f"{features.folder}, but only {free / 1e9:.1f} GB are free")
+                            f"{features.folder}, but only {free / 1e9:.1f} GB are free; free up "
+                            "some space or use --cache_features=False")
         features.allocate()
-    gather(None, world)  # everybody waits for the files
+    gather(None, world)  # all ranks wait for the files
     start = time.monotonic()
     for done, c in enumerate(missing[rank::world], 1):
         features.write(c, make_views(features.chunk(c)))
@@ -139,6 +140,6 @@ def compute_features(features, make_views, what, rank=0, world=1):
                       f"{features.folder}, about {minutes:.1f} minutes", flush=True)
             show_progress("features of images", min(done * world * CHUNK, total), total, start)
     gather(None, world)
-    # on several machines, each with a data_dir of its own, the others' part is still missing here
+    # if each machine has its own data_dir, the other machines' chunks are still missing here
     for c in features.missing():
         features.write(c, make_views(features.chunk(c)))

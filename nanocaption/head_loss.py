@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 
 class HeadLoss(torch.autograd.Function):
-    """See head_loss. The gradients are computed in forward, where the logits are still in cache."""
+    """See head_loss. forward computes the gradients, while the logits are still in cache."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, alpha, smoothing, advantage):
@@ -12,7 +12,7 @@ class HeadLoss(torch.autograd.Function):
         V = len(weight)
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
-            # cast once, not once a chunk
+            # cast once, not once per chunk
             dtype = torch.get_autocast_dtype(device)
             hidden = hidden.to(dtype)
             weight = weight.to(dtype)
@@ -23,7 +23,7 @@ class HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
 
-        # on CPUs a chunk of logits should fit into the cache
+        # on CPUs, a chunk of logits should fit in the cache
         chunk = max((2**21 if device == "cpu" else 2**26) // V, 1)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)

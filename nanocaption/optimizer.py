@@ -1,4 +1,4 @@
-"""The optimizer: Muon for the matrices of the blocks, AdamW for everything else."""
+"""The optimizer: AdamW, or Muon for the blocks' matrices and AdamW for everything else."""
 import re
 
 import torch
@@ -8,7 +8,7 @@ from nanocaption.precision import DTYPES
 
 BETAS = (0.9, 0.98)  # AdamW's
 MOMENTUM = 0.95  # Muon's
-SAFETY = 1.01  # Polar Express's safety factor, against rounding
+SAFETY = 1.01  # Polar Express's safety factor
 # Coefficients of Polar Express (arXiv 2505.16932), one row per iteration
 POLAR_EXPRESS = (
     (8.2872, -23.5959, 17.3004),
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(params, group["lr"], group["weight_decay"])
 
     def update(self, params, lr, weight_decay):
-        """One update of matrices of one shape."""
+        """One update of params, matrices of the same shape."""
         rows, columns = params[0].shape
         momentum = []
         for p in params:
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
         # Nesterov: look one step ahead
         direction = torch.stack(torch._foreach_lerp(gradients, momentum, MOMENTUM))
-        # a matrix of this shape is taken for a fused qkv or kv: three or two square matrices
+        # assume that this shape is a fused qkv or kv: orthogonalize its square parts separately
         fused = rows in (2 * columns, 3 * columns)
         side = columns if fused else rows
         direction = orthogonalize(direction.view(-1, side, columns), self.dtype)
@@ -91,7 +91,7 @@ class Optimizers:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states):
-        """Restores state_dict's list. Raises ValueError if it belongs to other optimizers."""
+        """Restores what state_dict returned. Raises ValueError if it does not fit."""
         if len(states) != len(self.optimizers):
             raise ValueError("a different number of optimizers")
         for optimizer, state in zip(self.optimizers, states):
@@ -101,7 +101,7 @@ class Optimizers:
 def orthogonalize(G, dtype=torch.float32):
     """
     float32 (n, a, b) -> (n, a, b): roughly the nearest matrices whose singular values are all 1, by
-    a quintic Newton-Schulz iteration with products in dtype.
+    Polar Express, a variant of the quintic Newton-Schulz iteration, with products in dtype.
     """
     X = G.to(dtype)
     tall = G.size(1) > G.size(2)
@@ -109,7 +109,7 @@ def orthogonalize(G, dtype=torch.float32):
         X = X.mT
     X = X / (SAFETY * X.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS:
-        # the paper's safety factor: singular values that rounding lifts above 1 must not explode
+        # keeps singular values that rounding lifts above 1 from diverging, as in the paper
         a = a / SAFETY
         b = b / SAFETY ** 3
         c = c / SAFETY ** 5
@@ -145,7 +145,7 @@ def parse_lr_scale(text):
 
 def make_optimizer(model, options):
     """
-    The optimizer of a model's trainable parameters. Only matrices have weight decay. The
+    The optimizer of a model's trainable parameters. Biases and norms have no weight decay. The
     "initial_lr" of a parameter group is its peak learning rate, scaled by the first matching
     pattern of lr_scale.
     """

@@ -13,8 +13,8 @@ def parse_options(cls, argv, description):
     Sets the fields of a dataclass from argv: first from the config file, a Python file, if one is
     given, then from --name=value arguments.
 
-    Returns the instance and a dict of where each option that was set comes from: "command line" or
-    the config's path. Raises UserError for an unknown name or a wrong type.
+    Returns the instance and a dict that says where each option was set: "command line" or the
+    config's path. Raises UserError for an unknown name or a wrong type.
     """
     parser = Parser(prog=Path(inspect.getfile(cls)).name, description=description)
     parser.add_argument("config", nargs="?", help="a Python file that sets options")
@@ -52,7 +52,7 @@ def read_config_file(path):
     """Runs a Python file; returns the names it sets, except modules and names that begin with _."""
     names = {}
     try:
-        # bytes, which are UTF-8 to Python, with or without a byte order mark
+        # bytes: compile decodes them as UTF-8, with or without a byte order mark
         source = Path(path).read_bytes()
         exec(compile(source, path, "exec"), names)
     except OSError as error:
@@ -67,7 +67,7 @@ def read_config_file(path):
 
 
 def set_option(options, name, value, source):
-    """Sets one field from a value or its text. Raises UserError naming the source of the value."""
+    """Sets one field from a value or its text. Raises UserError, which names the source."""
     types = {field.name: field.type for field in fields(options)}
     if name not in types:
         similar = difflib.get_close_matches(name, types, 1, 0.5)
@@ -85,7 +85,7 @@ def set_option(options, name, value, source):
 
 
 def from_text(text, wanted):
-    """"3" -> 3 and so on for int, float and bool; text that does not fit is returned as it is."""
+    """"3" -> 3 and so on for int, float and bool; text that does not fit is returned as is."""
     if wanted is bool:
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     try:

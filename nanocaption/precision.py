@@ -9,15 +9,15 @@ from nanocaption.cli import UserError
 from nanocaption.distributed import gather
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-FASTER = 1.5  # bfloat16 is used on a CPU if its products are at least this many times as fast
+FASTER = 1.5  # use bfloat16 on a CPU if its products are at least this many times as fast
 
 
 def pick_dtype(name, device):
     """
     name: "auto", "bfloat16" or "float32". Returns the torch.dtype and the reason in a few words.
 
-    auto is bfloat16 on GPUs that have it, float32 on MPS; on CPUs a few products are timed, which
-    takes about 20 ms.
+    auto is bfloat16 on GPUs that have it and float32 on MPS. On CPUs, a few products are timed to
+    decide, which takes about 20 ms.
     """
     if name not in ("auto", *DTYPES):
         raise UserError(f"dtype must be auto, bfloat16 or float32, not {name!r}")
@@ -38,7 +38,7 @@ def pick_dtype(name, device):
 
 
 def product_seconds(dtype, size):
-    """The shortest time of a few size x size products on the CPU."""
+    """The shortest time of three size x size products on the CPU."""
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
     for _ in range(3):
@@ -69,8 +69,8 @@ def autocast(device, dtype):
 
 def cast_weights(model, dtype):
     """
-    Casts the weights of matrix products and embeddings, in place, for generation under autocast:
-    it would otherwise cast them again for every token. Norms keep float32.
+    Casts the weights of matrix products and embeddings, in place, for generation under
+    autocast, which would otherwise cast them again for every token. Norms keep float32.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

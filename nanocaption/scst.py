@@ -3,7 +3,7 @@ import torch
 
 from nanocaption.metrics import cider, cider_references, document_frequencies, tokenize
 
-END = "<end>"  # the end counts as a word; otherwise captions learn to stop at "on a"
+END = "<end>"  # counts as a word; without it, captions learn to stop early, such as after "on a"
 
 
 def words_and_end(text):
@@ -19,9 +19,9 @@ def train_frequencies(captions):
 @torch.no_grad()
 def sharpen(model):
     """
-    Halves the temperature of the output distribution. Label smoothing spreads some probability over
-    all tokens, and a sample that contains an absurd one teaches only to avoid it.
-    A frozen norm stays as it is.
+    Doubles the logits, which halves the temperature; does nothing if the last norm is frozen. After
+    label smoothing, every token has some probability, and a sample that contains an absurd token
+    teaches nothing but to avoid it.
     """
     if model.norm.weight.requires_grad:
         model.norm.weight *= 2
@@ -44,21 +44,21 @@ def sample_captions(model, images, references, frequencies, tokenizer, k, seed):
         captions.append([ids for ids, _ in samples])
         texts += [words_and_end(tokenizer.decode(ids)) for ids, _ in samples]
     words = [[words_and_end(text) for text in image_texts] for image_texts in references]
-    _, scored = cider_references(words, frequencies)
-    repeated = [image_references for image_references in scored for _ in range(k)]
+    _, prepared = cider_references(words, frequencies)
+    repeated = [image_references for image_references in prepared for _ in range(k)]
     _, rewards = cider(texts, (frequencies, repeated))
     return captions, torch.tensor(rewards).view(-1, k)
 
 
 def token_advantages(rewards, packed, max_tokens):
     """
-    The weight of each token's loss, float (B, T): how much better its caption's reward is than the
+    Each token's weight in the loss, float (B, T): how much better its caption's reward is than the
     mean of the image's other samples (arXiv 2003.09971). rewards (B, k); packed: from model.pack.
     """
     k = rewards.size(1)
     advantage = (rewards - rewards.mean(1, keepdim=True)) * k / (k - 1)
-    caption = (packed["segment"] - 1).clamp(min=0)
+    caption = (packed["segment"] - 1).clamp(min=0)  # padding: any value, the loss skips it
     advantage = advantage.gather(1, caption)
-    # an end at the maximum length was forced, not chosen
+    # at the maximum length, EOT was forced, not sampled
     advantage[packed["position"] == max_tokens - 1] = 0
     return advantage

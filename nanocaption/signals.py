@@ -8,10 +8,10 @@ import sys
 
 class StopSignal:
     """
-    After SIGINT or SIGTERM, `number` is the signal's (0 before). train.py checks it once per step.
+    `number` is 0 until SIGINT or SIGTERM arrives, then the signal's. train.py checks it every step.
 
-    A second signal exits at once, without saving, and removes half-written files of this process
-    from out_dir. quiet: do not print what the signal does.
+    A second signal makes the process exit at once, without saving, and removes its half-written
+    files from out_dir. quiet: do not print what the signal does.
     """
 
     def __init__(self, out_dir, quiet=False):
@@ -24,7 +24,7 @@ class StopSignal:
     def handle(self, number, frame):
         """The signal handler. It uses os.write because print is not reentrant."""
         if self.number:
-            # no exception: torch.save would abort the process
+            # do not raise an exception: inside torch.save, it would abort the process
             for path in glob.glob(f"{glob.escape(str(self.out_dir))}/*.tmp{os.getpid()}"):
                 with contextlib.suppress(OSError):
                     os.unlink(path)

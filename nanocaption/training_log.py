@@ -1,4 +1,4 @@
-"""The log of a run: lines for people on stdout, the numbers behind them in out_dir/log.jsonl."""
+"""The log of a run: readable lines on stdout, the same numbers as JSON in out_dir/log.jsonl."""
 import json
 import math
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from nanocaption.cli import atomic_write, lock_folder
 from nanocaption.metrics import cider_baselines
 
-MAX_SKIPPED = 10  # steps in a row without a finite gradient
+MAX_SKIPPED = 10  # give up after this many steps in a row without a finite gradient
 
 
 def open_out_dir(options, state, lock, resume):
@@ -25,26 +25,26 @@ def open_out_dir(options, state, lock, resume):
     return lock
 
 
-def describe(options, state, model, train, device, world, reason):
-    """The first line of a run, and a second one if it is finished already."""
+def describe(options, state, model, train, device, world, dtype_reason):
+    """The first line that a run prints, and a second one if the run is already finished."""
     n = sum(p.numel() for p in model.parameters()) / 1e6
     n_encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     where = f"{device.type} x {world}" if world > 1 else device.type
     n_tokens = options.batch_size * train.n_tokens.mean()
     text = (f"{n:.2f}M parameters ({n_encoder:.2f}M in the encoder) | {where}, {options.dtype} "
-            f"({reason}) | {len(train)} training images, {options.batch_size} per step "
+            f"({dtype_reason}) | {len(train)} training images, {options.batch_size} per step "
             f"(about {n_tokens:.0f} tokens)")
     if train.n_cut:
         text += f" | {train.n_cut} captions cut to {model.max_tokens} tokens"
     if state.progress(options) >= 1:
-        text += (f"\nalready at step {state.step} and {state.seconds / 60:.1f} minutes; raise "
-                 "max_iters or max_minutes to continue")
+        text += (f"\nthe run is finished: already at step {state.step}, after "
+                 f"{state.seconds / 60:.1f} minutes; raise max_iters or max_minutes to continue")
     return text
 
 
-def log_start(options, state, model, train, val, device, world, reason):
-    """The first lines of a run; a new one also logs the CIDEr to compare its captions' with."""
-    print(describe(options, state, model, train, device, world, reason), flush=True)
+def log_start(options, state, model, train, val, device, world, dtype_reason):
+    """Prints the first lines of a run; a new run also logs baselines for its CIDEr."""
+    print(describe(options, state, model, train, device, world, dtype_reason), flush=True)
     if state.step > 0:
         return
     baselines = cider_baselines(val.words, val.references)
@@ -55,14 +55,14 @@ def log_start(options, state, model, train, val, device, world, reason):
 
 
 def log(out_dir, step, text, **record):
-    """Prints a text and appends the numbers behind it to the log."""
+    """Prints a text and appends the record to log.jsonl."""
     print(text, flush=True)
     with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(dict(iter=step, **record)) + "\n")
 
 
 def cut_log(path, step):
-    """Drops half-written lines and lines after this step, which will be rerun."""
+    """Drops half-written lines, and lines of later steps, which will be rerun."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
     for line in lines:
@@ -75,7 +75,7 @@ def cut_log(path, step):
 
 
 def log_step(options, state, n_train, multiplier, grad_norm):
-    """One line for the training steps since the last such line; resets state.sums."""
+    """Logs the training steps since the last such line; resets state.sums."""
     ce, n_tokens, n_images, n_captions, seconds = state.sums
     state.sums = [0.0] * 5
     loss = ce / n_tokens if n_tokens else None
@@ -99,7 +99,7 @@ def log_step(options, state, n_train, multiplier, grad_norm):
 
 
 def log_evaluation(out_dir, step, results, texts, references):
-    """Student and teacher in two aligned lines, and three captions beside a reference."""
+    """Logs the scores of student and teacher; prints three captions, each with a reference."""
     lines = []
     for name, scores in results.items():
         numbers = " | ".join(f"{key} {value:.4f}" for key, value in scores.items())

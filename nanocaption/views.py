@@ -1,5 +1,5 @@
 """
-Fixed views of images with a frozen encoder: each view is encoded once, not once per epoch.
+Fixed views of each image, so that a frozen encoder's features can be stored and reused.
 
 View 0 is the image itself. With flip, view 1 is its mirror image (the image itself, if a caption
 says left or right). Every other view is a random crop with jitter, drawn from (seed, image, view).
@@ -16,7 +16,7 @@ CPU_BATCH = 4  # images: convolutions are fastest while their activations fit in
 
 
 def check_views(options):
-    """Raises UserError for augmentation that the fixed views cannot hold."""
+    """Raises UserError if the number of views does not fit the augmentation options."""
     augmented = options.crop < 1 or options.flip or options.jitter > 0
     if options.freeze_encoder and augmented and options.views == 1:
         raise UserError("with freeze_encoder the encoder sees a few fixed views of each image; set "
@@ -24,11 +24,11 @@ def check_views(options):
     random_views = options.views > 1 + options.flip
     if options.freeze_encoder and random_views and options.crop == 1 and options.jitter == 0:
         raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them, "
-                        f"distinct views number only {1 + options.flip}")
+                        f"the number of distinct views is {1 + options.flip}")
 
 
 def pick_views(index, epochs, options):
-    """The view of each image in an epoch, int (B,)."""
+    """Which view of each image its epoch uses, int (B,)."""
     views = []
     for i, epoch in zip(index, epochs):
         rng = np.random.default_rng((options.seed, int(epoch), int(i)))
@@ -51,7 +51,7 @@ class FrozenViews:
     """
     The frozen encoder's features of one split's views, float16 (n, c) for each image and view.
 
-    They are computed when they are read, until fill stores all of them in data_dir/features-KEY/.
+    Every read computes them, unless fill has stored all of them in data_dir/features-KEY/.
     may_flip: bool (N,).
     """
 
@@ -65,7 +65,7 @@ class FrozenViews:
 
     @torch.no_grad()
     def compute(self, index, view):
-        """float16 (len(index), n, c)"""
+        """The features of one view of these images, float16 (len(index), n, c)."""
         training = self.model.training
         self.model.eval()
         device = self.model.mean.device
@@ -82,7 +82,7 @@ class FrozenViews:
         return np.concatenate(parts)
 
     def read(self, index, views):
-        """The features of images in these views, int (B,) each -> float32 (B, n, c), on the CPU."""
+        """The features of these images and views, int (B,) each -> float32 (B, n, c) on the CPU."""
         if self.features:
             return torch.from_numpy(self.features.read(index, views)).float()
         index = np.asarray(index)
@@ -95,7 +95,7 @@ class FrozenViews:
         return torch.from_numpy(np.stack(rows)).float()
 
     def fill(self, data, rank, world):
-        """Computes what data_dir/features-KEY/ lacks of this split, then reads from there."""
+        """Computes this split's features that are not stored yet; from now on, read loads them."""
         options = self.options
         facts = dict(
             data=data.fingerprint,
@@ -115,11 +115,11 @@ class FrozenViews:
         self.features = features
 
     def compute_all(self, index):
-        """float16 (len(index), V, n, c)"""
+        """The features of all views of these images, float16 (len(index), V, n, c)."""
         return np.stack([self.compute(index, view) for view in range(self.n_view)], axis=1)
 
 
 def fill_views(train_views, val_views, data, rank, world):
-    """Computes and stores the features of both splits, see FrozenViews.fill."""
+    """Computes and stores the features of both splits; see FrozenViews.fill."""
     train_views.fill(data, rank, world)
     val_views.fill(data, rank, world)

@@ -209,7 +209,7 @@ train.run(train.main)
     (dict(RANK="2", WORLD_SIZE="2"), ["RANK is '2' and WORLD_SIZE is '2'"]),
     (dict(RANK="0", WORLD_SIZE="two"), ["WORLD_SIZE is 'two'", "torchrun"]),
     (dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="port"),
-     ["rank 0 does not reach the others at 127.0.0.1:port"]),
+     ["rank 0 cannot reach the others at 127.0.0.1:port"]),
 ])
 def test_an_environment_that_no_launcher_sets(data, tmp_path, environment, parts, monkeypatch,
                                               capsys):
@@ -412,7 +412,7 @@ def refused(monkeypatch, capsys, args, parts):
     (["--optimizer=sgd"], ["adamw or muon", "sgd"]),
     (["--dtype=int8"], ["float32", "int8"]),
     (["--flip=perhaps"], ["flip", "perhaps"]),
-    (["--batch_size=9", "--grad_accum=2"], ["batch_size 9", "2 micro-steps"]),
+    (["--batch_size=9", "--grad_accum=2"], ["batch_size 9", "1 x 2"]),
     (["--image_size=64"], ["image_size 64", "20"]),
     (["--data_dir=/nowhere"], ["/nowhere"]),
     (["--device=tpu"], ["tpu"]),
