@@ -47,8 +47,7 @@ values become 0), which removes the patches that every word attends to.
 Captioners of config/shapes.py with n_embd=64 (3,000 steps) and 128 (2,000 steps), with seeds 0 and
 1 each, caption the {n_images} images of the held-out scenes of data/shapes, greedily. The fractions
 of captions that are exactly right are {right}.
-Scored are the words that name a color or a shape in the scene: {n_words}.
-There are two scores:
+The scores are over the words that name a color or a shape in the scene ({n_words}):
 
 * on the object: the fraction of the map that is on the objects that the word names, divided by
   the fraction of the image that their bounding boxes cover. Chance is 1. "By run" lists width 64

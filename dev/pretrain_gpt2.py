@@ -46,7 +46,7 @@ def epoch_batches(captions, rng):
 
 
 def train_model(model, captions, minutes):
-    """Trains for so many minutes, with cosine decay of the learning rate."""
+    """Trains for the given minutes, with cosine decay of the learning rate."""
     eot_token = model.config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
     rng = np.random.default_rng(0)
