@@ -1,5 +1,5 @@
-# make demo: set up, caption the free photos, then prepare, train and caption drawn scenes; offline
-# make test: set up, then run the tests
+# make demo: set up .venv, caption sample photos, draw scenes, train on some and caption the others
+# make test: set up .venv, then run the tests
 PYTHON ?= python3
 
 .venv/demo: requirements.txt

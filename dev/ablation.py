@@ -1,11 +1,11 @@
 """
-Measures what each part of config/nano.py is worth, and writes the table in ablation.md.
+Measures what each part of config/nano.py contributes, and writes ablation.md.
 
     python dev/ablation.py --minutes 12 --seeds 0 1
 
-Every run takes the same time. Runs that ablation.jsonl lists already are skipped, so it can be
-interrupted and restarted; delete lines of ablation.jsonl to measure them again. Needs data/flickr8k
-and, for dev/pretrain_gpt2.py, transformers.
+Every run takes the same time. Runs that are already in ablation.jsonl are skipped, so you can
+interrupt and restart this script; to repeat a run, delete its line there. Needs data/flickr8k and,
+for dev/pretrain_gpt2.py, transformers.
 """
 import json
 import os
@@ -23,7 +23,7 @@ from nanocaption.cli import Parser, atomic_write, check_ranges, run
 RESULTS = ROOT / "dev" / "ablation.jsonl"
 TABLE = ROOT / "dev" / "ablation.md"
 PRETRAINED = "decoder pretrained on captions"
-PRETRAINING_MINUTES = 2  # part of the time of that run
+PRETRAINING_MINUTES = 2  # of that run's minutes
 VARIANTS = {  # name: options that differ from config/nano.py
     "config/nano.py": [],
     "no unigram loss": ["--unigram=0"],
@@ -37,13 +37,15 @@ VARIANTS = {  # name: options that differ from config/nano.py
 }
 SCORES = ("cider", "bleu4", "loss", "loss_shuffled", "bits_per_char", "distinct")
 INTRODUCTION = """Written by `python dev/ablation.py`. Each row is config/nano.py with the listed
-changes.
-Scores are means over seeds on Flickr8k's dev split (1,000 images, beam search); CIDEr is also given
-by seed. The shuffled gap is how much shuffled images raise the loss, in bits per character."""
+changes. Scores are means over seeds on Flickr8k's dev split (1,000 images, beam search); CIDEr is
+also given by seed. The shuffled gap is how much shuffled images raise the loss, in bits per
+character; distinct is the fraction of captions that are distinct. The unigram loss predicts tokens
+from the mean patch, local convolutions are depthwise 3x3 ones before each encoder block, and word
+dropout hides input tokens in training."""
 HEADER = """| | steps | loss, bits per character | shuffled gap | CIDEr | by seed | distinct |
 |---|---|---|---|---|---|---|"""
-RECORDED = """These runs used a stem of strided convolutions instead of linear patches. It did
-worse, so the option was removed. The first row is their baseline."""
+RECORDED = """These runs used a stem of strided convolutions instead of the linear patch embedding.
+It did worse, so the option was removed. The first row is their baseline."""
 NOTES = """Equal time is not equal work. AdamW's steps are cheaper, steps with the teacher in the
 loss are more expensive, the pretrained decoder spends two of its twelve minutes on language alone,
 and the speed of a machine varies. All runs used float32 and an earlier version of the code. Two
@@ -53,20 +55,20 @@ twelve-minute runs do not predict what happens over hours.
 Three results hold for CIDEr and loss in both seeds:
 
 * Muon beats AdamW.
-* Linear patches beat strided convolutions.
-* The teacher in the loss costs more than it gains in runs this short: there are a fifth fewer
-  steps, and we suspect that the teacher is still too weak.
+* The linear patch embedding beats strided convolutions.
+* In runs this short, the teacher in the loss costs more than it gains: a fifth fewer steps fit in,
+  and we suspect that the teacher is still too weak.
 
 A decoder pretrained on the captions may gain a little CIDEr, at the same loss.
 
 With strided convolutions, leaving out the unigram loss, the local convolutions, augmentation or
-word dropout raised CIDEr in both seeds. With linear patches, leaving out the unigram loss lowers
-the loss, but it also lowers CIDEr by 0.010 on average (-0.023 and +0.003), and the decoder relies
-less on the images. Leaving out the local convolutions as well does not change CIDEr and raises the
-loss. config/nano.py keeps both.
+word dropout raised CIDEr in both seeds. With the linear embedding, leaving out the unigram loss
+lowers the loss, but it also lowers CIDEr by 0.010 on average (-0.023 and +0.003), and the decoder
+relies less on the images. Leaving out the local convolutions as well does not change CIDEr and
+raises the loss. config/nano.py keeps both.
 
-Word dropout raises the loss in both seeds, augmentation in one. They are kept for longer runs,
-which begin to memorize the training images; that they help there is a guess.
+Word dropout raises the loss in both seeds, augmentation in one. We keep them because longer runs
+begin to memorize the training images; that they help there is a guess.
 
 Not tried: other vocabularies, smoothing, dropout, width against depth, resolution, batch size,
 lowercase captions, a contrastive loss, self-supervised pretraining."""
@@ -107,7 +109,7 @@ def measure(name, seed, minutes):
 
 
 def table_row(name, results):
-    """A line of the table for the runs of one variant."""
+    """A row of the table for the runs of one variant."""
     def mean(key):
         return statistics.mean(result[key] for result in results)
 
@@ -122,7 +124,7 @@ def table_row(name, results):
 
 
 def write_table(results, minutes):
-    """Writes ablation.md: the variants, then what else ablation.jsonl has."""
+    """Writes ablation.md: the variants, then any others in ablation.jsonl."""
     by_name = {}
     for result in results:
         if result["minutes"] == minutes:
@@ -144,7 +146,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=12, help="minutes per run (default: 12)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1],
-                        help="none: only write the table (default: 0 1)")
+                        help="seeds to run; without any, only write ablation.md (default: 0 1)")
     args = parser.parse_args()
     check_ranges(args, minutes=(PRETRAINING_MINUTES + 0.1, 1e6))
     results = read_results()

@@ -1,11 +1,11 @@
 """
-Measures which rule turns a captioner's attention into a map for each word, and writes attention.md.
+Compares ways to turn a captioner's attention into a map for each word, and writes attention.md.
 
     python dev/attention.py
 
 Draws data/shapes and trains captioners of two widths on it, with two seeds each (5 minutes each on
-one core), unless out/attention_WIDTH_SEED exists already. Then it captions the held-out scenes. In
-these, the place of every object is known: they are drawn again from their seeds.
+one core), unless out/attention_WIDTH_SEED exists already. Then it captions the held-out scenes,
+where the place of every object is known, and checks whether the maps find the named objects.
 """
 import subprocess
 import sys
@@ -28,39 +28,45 @@ from prepare import COLORS, COUNTS, SIZES, noun, place_objects, split_scenes
 TABLE = ROOT / "dev" / "attention.md"
 SEEDS = (0, 1)
 STEPS = {64: 3000, 128: 2000}  # by width, n_embd
-KEPT = "all layers, mean of heads"  # the rule of nanocaption/attention_maps.py, above the mean
+KEPT = "all layers, mean of heads"  # the rule of attention_maps.py, with the mean subtracted
 READ = "all layers, mean of heads, at the step that reads the word"
-INTRODUCTION = """# Where each word looked: which rule
+INTRODUCTION = """# Attention maps: which rule finds the object
 
-Written by `python dev/attention.py`. A word's map has a weight for each patch. It can be made from
-the cross-attention of the last layer or of all layers, from the mean or the maximum over heads, or
-by rollout (arXiv 2005.00928), which follows attention through the layers; at the step that writes
-the word or at the one that reads it. Each is measured as it is, and as far as it is above its mean
-over all steps of the caption, which removes the patches that every word attends to.
+Written by `python dev/attention.py`. For each word of a caption, `sample.py --attention` and
+`serve.py` draw a map of how much the word attends to each patch of the image. This page compares
+rules for computing such a map from the attention weights:
+
+* from the cross-attention of the last layer, or of all layers;
+* from the mean or the maximum over heads;
+* or by attention rollout (arXiv 2005.00928), which follows attention through the layers.
+
+The weights are those of the step that predicts the word, or of the one that reads it as input. Each
+rule is measured as it is and with the mean over all steps of the caption subtracted (negative
+values become 0), which removes the patches that every word attends to.
 
 Captioners of config/shapes.py with n_embd=64 (3,000 steps) and 128 (2,000 steps), with seeds 0 and
-1 each, caption the {n_images} images of the held-out scenes of data/shapes, greedily. Of their
-captions, {right} are exactly right (as fractions).
-For the words that name a color or a shape of the scene ({n_words}):
+1 each, caption the {n_images} images of the held-out scenes of data/shapes, greedily. The fractions
+of captions that are exactly right are {right}.
+The scores are over the words that name a color or a shape in the scene ({n_words}):
 
 * on the object: the fraction of the map that is on the objects that the word names, divided by
-  the fraction of the image that they cover, as boxes. Chance is 1. By run: 64 with seeds 0 and 1,
-  then 128.
+  the fraction of the image that their bounding boxes cover. Chance is 1. "By run" lists width 64
+  with seeds 0 and 1, then width 128.
 * peak: the fraction of words whose largest weight is on a patch that touches such an object.
 
 | as it is | on the object | by run | peak |
 |---|---|---|---|"""
 ABOVE = """
-| above the mean | on the object | by run | peak |
+| mean subtracted | on the object | by run | peak |
 |---|---|---|---|"""
 CONCLUSION = """
-nanocaption/attention_maps.py uses the mean over all layers and heads, above the mean. On average it
-has the most attention on the object and the most peaks. By the first number alone, the maximum is
-as good: it is ahead at width 64 and behind at width 128. But it misses the object with its peak
-twice as often, and the first number also rewards any map for being sharper.
+nanocaption/attention_maps.py uses the mean over all layers and heads, with the mean over steps
+subtracted. On average, it puts the most attention on the object and has the most peaks there. The
+maximum puts as much on the object (more at width 64, less at width 128), but its peak misses the
+object twice as often. Also, this score rewards any map for being sharper.
 
-By size and number of the objects that a word names, for the rule that is used; "at most" is all
-weight on the patch that they cover best:
+The chosen rule, by size and number of the objects that a word names; "at most" is the score of a
+map with all its weight on the patch that they cover best:
 
 | | words | on the object | by run | at most |
 |---|---|---|---|---|"""
@@ -77,7 +83,7 @@ def train(width, seed):
 
 
 def find_scenes(data):
-    """The scene of each test image and where its objects are: (scene, place_objects' list)."""
+    """For each test image: its scene and where its objects are, (scene, place_objects' list)."""
     seed = data.meta["source"]["seed"]
     alone, pairs = split_scenes(seed)["test"]
     found = []
@@ -89,7 +95,7 @@ def find_scenes(data):
 
 
 def named_group(word, scene):
-    """The group of a scene's objects whose color or shape a word names, or None."""
+    """The group of objects in a scene whose color or shape a word names, or None."""
     for group in (scene[0], scene[2]):
         if group and word in (group.color, noun(group)):
             return group
@@ -113,9 +119,8 @@ def covered(objects, group, grid):
 
 def combine(cross, decoder, encoder):
     """
-    {rule: weights (T, N)} from what each layer's heads attend to: the words to the patches,
-    (layers, H, T, N); the words to each other, (layers, H, T, T); the patches to each other,
-    (layers, H, N, N).
+    {rule: weights (T, N)} from each layer's attention weights: cross-attention, (layers, H, T, N);
+    the decoder's self-attention, (layers, H, T, T); the encoder's, (layers, H, N, N).
     """
     heads = cross.mean(1)
     words = torch.zeros_like(heads[0])  # (T, N)
@@ -129,7 +134,7 @@ def combine(cross, decoder, encoder):
         "last layer, mean of heads": heads[-1],
         "last layer, maximum of heads": cross[-1].amax(0),
         KEPT: heads.mean(0),
-        "all layers, maximum": cross.amax((0, 1)),
+        "maximum of all layers and heads": cross.amax((0, 1)),
         READ: heads.mean(0),
         "rollout through the decoder": words,
         "rollout through decoder and encoder": words @ patches,
@@ -139,9 +144,9 @@ def combine(cross, decoder, encoder):
 @torch.no_grad()
 def measure(out_dir, data, scenes):
     """
-    Captions the test images. Returns the words' scores, a list of (rule, above the mean?, group,
-    on the object, peak), the scores of the best patch under rule None, the fraction of captions
-    that are right, and the number of colors and shapes that are not in the scene.
+    Captions the test images. Returns the words' scores, a list of (rule, mean subtracted?, group,
+    on the object, peak), where rule None stands for all weight on the best patch; the fraction of
+    captions that are right; and how many colors and shapes they name that are not in the scene.
     """
     captioner = load(out_dir, dtype="float32", device="cpu")
     model = captioner.model
@@ -184,8 +189,8 @@ def measure(out_dir, data, scenes):
 
 def mean_score(runs, column, rule, above, group=None):
     """
-    The mean score of a rule in each run, column 3 (on the object) or 4 (peak); group: the
-    (size, number) that the objects must have, or None.
+    A rule's mean score in each run: column 3 (on the object) or 4 (peak). group: (size, number) of
+    the objects that count, or None for all.
     """
     means = []
     for scores in runs:
@@ -199,14 +204,14 @@ def mean_score(runs, column, rule, above, group=None):
 
 
 def table_row(name, runs, rule, above, *more, group=None):
-    """A line of a table: name, the mean on the object, by run, and more."""
+    """A row of a table: name, mean score on the object, the same by run, and more cells."""
     by_run = mean_score(runs, 3, rule, above, group)
     cells = [name, f"{np.mean(by_run):.2f}", " ".join(f"{value:.2f}" for value in by_run), *more]
     return f"| {' | '.join(cells)} |"
 
 
 def write_table(runs, rights, n_images):
-    """Writes attention.md from each run's scores and its fraction of right captions."""
+    """Writes attention.md from each run's scores and fraction of right captions."""
     n_words = [sum(score[0] is None for score in scores) for scores in runs]
     lines = [INTRODUCTION.format(n_images=n_images, n_words=listed(n_words),
                                  right=listed(f"{right:.3f}" for right in rights))]
@@ -228,7 +233,7 @@ def write_table(runs, rights, n_images):
 
 
 def listed(values):
-    """Values as a list in a sentence."""
+    """Joins values for a sentence: "1, 2 and 3"."""
     values = list(map(str, values))
     return ", ".join(values[:-1]) + " and " + values[-1]
 

@@ -1,26 +1,26 @@
 """
-Measures the speed of training, captioning and preparing, against what the machine can do and
-against Hugging Face's VisionEncoderDecoderModel of the same sizes, if transformers is installed.
-Prints tables for speed.md.
+Measures the speed of training, captioning and preparing. Compares it with the machine's matrix
+products and, if transformers is installed, with Hugging Face's VisionEncoderDecoderModel of the
+same sizes (the "peer"). Prints tables for speed.md.
 
     python dev/bench.py                           # everything but load, on generated data
-    python dev/bench.py train decode --rounds=1   # some of it, in a few minutes
+    python dev/bench.py train decode --rounds=1   # a part of it, in a few minutes
     python dev/bench.py train --config config/base.py --device cuda
-    python dev/bench.py load                      # 2 GB of disk
+    python dev/bench.py load                      # needs 2 GB of disk
 
-    train     steps in both precisions, ours and the peer's, and train.py by the clock
+    train     training steps in both precisions, ours and the peer's, and whole runs of train.py
     decode    captions for 1 and 64 images, ours and the peer's
     start     sample.py, from start to caption
     prepare   prepare_flickr.py, and learning the tokenizer
-    load      memory while a large decoder is read
+    load      peak memory while a large decoder is read
 
-Whatever is compared takes turns, several times over, on the same threads, so a machine that slows
-down slows down everything; only train.py runs by itself. Results are medians.
+The things compared take turns for several rounds on the same threads, so a machine that slows down
+affects all of them; only train.py runs by itself. Results are medians over the rounds.
 
 Useful FLOPs are those of the matrix products and convolutions that a step needs, 2 per
 multiply-add: no padding, and in attention only pairs of tokens that see each other. A backward pass
-counts as two forward passes. "of matmul" is their rate divided by that of a large matrix product in
-the same dtype, measured in the same rounds.
+counts as two forward passes. "of matmul" is the rate of useful FLOPs divided by the rate of a large
+matrix product in the same dtype, measured in the same rounds.
 """
 import ctypes
 import gc
@@ -60,23 +60,23 @@ from pretrained import assemble, part_options
 
 VOCAB_SIZE = 8192
 GPT2_VOCAB_SIZE = 50257
-PAIR_TOKENS = 24  # with EOT, of each caption in the batch of pairs
-N_PRODUCTS = 8  # matrix products that are timed at once
+PAIR_TOKENS = 24  # tokens, with EOT, of each caption in the batch of pairs
+N_PRODUCTS = 8  # matrix products that are timed together
 MATRIX_SIZE = {"cpu": 1536, "mps": 1536, "cuda": 8192}  # rows and columns of their matrices
-METHODS = {"encoder only": 0, "greedy": 1, "beam 3": 3}  # of captioning, with the beam
-CAPTION_TOKENS = 12  # without EOT, of each caption that is generated
-# of 1,000 captions of Flickr8k, the number with 0, 1, 2, ... words, periods included
+METHODS = {"encoder only": 0, "greedy": 1, "beam 3": 3}  # of captioning: beam sizes
+CAPTION_TOKENS = 12  # tokens, without EOT, of each caption that is generated
+# how many of 1,000 Flickr8k captions have 0, 1, 2, ... words, periods included
 LENGTHS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31, 23, 17, 12, 8, 4,
            4, 2, 1, 1)
 # like the peer: plain transformers, AdamW, no augmentation
 BARE = dict(local_conv=False, optimizer="adamw", crop=1.0, flip=False, jitter=0.0, unigram=0.0,
             alpha=0.0)
 VARIANTS = {"config": {}, "bare": BARE}
-PEERS = {  # with our vocabulary, and with GPT-2's, as it is used
+PEERS = {  # with our vocabulary, and with GPT-2's, as is usual
     f"peer of {VOCAB_SIZE:,} tokens": VOCAB_SIZE,
     f"peer of {GPT2_VOCAB_SIZE:,} tokens": GPT2_VOCAB_SIZE,
 }
-RUN_STEPS = 20  # between two lines of train.py's log
+RUN_STEPS = 20  # steps between two lines of train.py's log
 
 
 # -----------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def synchronize(device):
 
 def median_seconds(functions, device, rounds):
     """
-    {name: function} -> {name: median seconds}. Each round calls every function once; one round of
-    warmup is not counted.
+    {name: function} -> {name: median seconds}. Each round calls every function once; a warmup round
+    is not counted.
     """
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -105,8 +105,8 @@ def median_seconds(functions, device, rounds):
 
 def anonymous_memory(pid):
     """
-    MB that a process and its children hold in memory and that no file backs: RssAnon of Linux.
-    0 if it cannot be read.
+    MB of anonymous memory (Linux's RssAnon: not backed by files) of a process and its children; 0
+    if it cannot be read.
     """
     total = 0
     try:
@@ -123,7 +123,7 @@ def anonymous_memory(pid):
 
 
 class PeakMemory(threading.Thread):
-    """A context manager; mb is the maximum of anonymous_memory(pid), 50 times a second."""
+    """A context manager. mb is the peak of anonymous_memory(pid), sampled 50 times a second."""
 
     def __init__(self, pid):
         super().__init__(daemon=True)
@@ -149,8 +149,8 @@ class PeakMemory(threading.Thread):
 
 def draw_captions(n, seed=0):
     """
-    n captions of invented words, with the lengths of Flickr8k's and word frequencies as in a
-    language (Zipf, Mandelbrot), so that they take about as many tokens.
+    n captions of invented words, with Flickr8k's caption lengths and with natural word frequencies
+    (Zipf-Mandelbrot), so that they take about as many tokens.
     """
     rng = np.random.default_rng(0)
     letters = list("etaoinshrdlucmfwygpbvk")
@@ -172,12 +172,12 @@ def draw_photo(rng, width, height):
 
 def write_batches(folder, options):
     """
-    Two data sets whose training images are one batch each: options.batch_size images with five
+    Two datasets whose training images are one batch each: options.batch_size images with five
     captions of real lengths, and 64 images with one caption of PAIR_TOKENS each. Returns
     {name: Dataset}.
     """
     size = options.image_size
-    # learn the vocabulary from many captions, as for a real data set
+    # learn the vocabulary from many captions, as for a real dataset
     texts = draw_captions(30000, seed=1)
     image = np.zeros((1, 8, 8, 3), np.uint8)
     write_dataset(folder / "words", {"train": (["x"], [texts], image)}, 8, vocab_size=VOCAB_SIZE)
@@ -257,7 +257,7 @@ def step_flops(options, model, captions):
 # training
 
 class Ours:
-    """Our training, as in train.py, on one batch: all training images of data."""
+    """Our training, as in train.py, on one batch: all training images of the dataset."""
 
     def __init__(self, options, data, device):
         torch.manual_seed(0)
@@ -300,12 +300,12 @@ class Ours:
         yield "teacher's update"
 
     def forward_parts(self):
-        """A forward pass once more, like step_parts."""
+        """One more forward pass, in smaller parts; yields like step_parts."""
         model = self.model
         images, captions = self.get_batch()
         is_token = captions["targets"] >= 0
         targets = captions["targets"][is_token]
-        yield "data, again"
+        yield "data, once more"
         with self.autocast:
             image = model.encode(images)
             yield "forward: encoder"
@@ -324,7 +324,7 @@ class Ours:
 
 
 def part_milliseconds(ours, device, rounds):
-    """{part: median milliseconds} of a training step and, again, of its forward pass."""
+    """{part: median milliseconds} of a training step, and of one more forward pass."""
     times = {}
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -339,7 +339,7 @@ def part_milliseconds(ours, device, rounds):
 class Peer:
     """
     A VisionEncoderDecoderModel of the same sizes, trained the usual way: one row per caption, each
-    with its image.
+    with its own copy of the image.
     """
 
     def __init__(self, options, vocab_size, device, dtype):
@@ -357,7 +357,7 @@ class Peer:
 
     @torch.no_grad()
     def caption_batch(self, pixels, beam):
-        """Captions of CAPTION_TOKENS; with beam 0, only what the encoder makes of the images."""
+        """Generates captions of CAPTION_TOKENS; with beam 0, only runs the encoder."""
         with self.autocast:
             if beam == 0:
                 self.model.encoder(pixels)
@@ -397,7 +397,7 @@ def peer_labels(captions):
 def bench_train(options, batches, device, with_peer, rounds):
     """
     {table: {row: {column: number}}}: on each batch, our variants and the peers in both dtypes;
-    train.py by the clock; where the time of a step goes.
+    whole runs of train.py; where the time of a step goes.
     """
     tables = {}
     for name, data in batches.items():
@@ -411,9 +411,9 @@ def bench_train(options, batches, device, with_peer, rounds):
         times = part_milliseconds(Ours(changed, data, device), device, rounds)
         for part, milliseconds in times.items():
             parts.setdefault(part, {})[dtype] = milliseconds
-    tables["train.py by the clock, alpha 0"] = runs
+    tables["Whole runs of train.py, alpha 0"] = runs
     compare(tables.values(), "captions/s")
-    tables["Milliseconds of a training step, and again of its forward pass"] = parts
+    tables["Milliseconds of a training step, and of one more forward pass"] = parts
     return tables
 
 
@@ -456,8 +456,8 @@ def bench_batch(options, data, device, with_peer, rounds):
 
 def time_training(options, data, device, rounds):
     """
-    A real run of train.py with alpha 0 and its data loading, by the clock, from the first line of
-    its log to the one that comes rounds lines later. Returns {column: number}.
+    A real run of train.py, with data loading and alpha 0, timed from the first line of its log
+    until `rounds` lines later. Returns {column: number}.
     """
     changed = replace(
         options, data_dir=str(data.data_dir), out_dir=f"{data.data_dir}/{options.dtype}", alpha=0.0,
@@ -497,8 +497,8 @@ def random_pixels(n, size, device):
 
 def compare(tables, unit):
     """
-    Adds to each of our rows that has the unit how many times as fast as each peer it is. A peer may
-    be in several tables; the fastest of its ways counts. tables: each {row: {column: number}}.
+    Adds to each of our rows with this unit how many times as fast as each peer it is. A peer may be
+    in several tables; its fastest result counts. tables: each {row: {column: number}}.
     """
     best = {}
     for rows in tables:
@@ -516,7 +516,7 @@ def compare(tables, unit):
 # captioning
 
 def bench_decode(options, device, with_peer, rounds):
-    """{table: {row: {column: number}}}: images per second, for captions of CAPTION_TOKENS."""
+    """{table: {row: {column: number}}}: images per second, with captions of CAPTION_TOKENS."""
     models = {}
     peers = {}
     for name, dtype in DTYPES.items():
@@ -553,7 +553,7 @@ def random_images(n, size, device):
 
 @torch.no_grad()
 def caption_batch(model, images, beam, dtype):
-    """Captions of CAPTION_TOKENS; with beam 0, only what the encoder makes of the images."""
+    """Generates captions of CAPTION_TOKENS; with beam 0, only runs the encoder."""
     with autocast(images.device, DTYPES[dtype]):
         if beam == 0:
             model.encode(images)
@@ -562,7 +562,7 @@ def caption_batch(model, images, beam, dtype):
 
 
 def bench_start(device, folder, rounds):
-    """Seconds of sample.py for a photo, from start to caption, against those of importing torch."""
+    """Seconds that sample.py takes from start to caption, compared with importing torch."""
     draw_photo(np.random.default_rng(0), 500, 375).save(folder / "photo.jpg")
     sample = (ROOT / "sample.py", "--image", folder / "photo.jpg", "--device", device)
     seconds = median_seconds({
@@ -575,7 +575,7 @@ def bench_start(device, folder, rounds):
 
 
 def run_python(*arguments):
-    """Runs Python in a process of its own."""
+    """Runs Python in its own process."""
     command = [sys.executable, *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -585,8 +585,8 @@ def run_python(*arguments):
 
 def bench_prepare(folder, rounds, n_small=1000, n_large=10000, n_captions=150000):
     """
-    Images per second of prepare_flickr.py, for JPEGs of 500 x 375, against the naive way; its
-    memory; and speed of the tokenizer.
+    Images per second of prepare_flickr.py on 500 x 375 JPEGs, compared with a plain PIL loop; its
+    memory; and the speed of the tokenizer.
     """
     photos = draw_photos(folder, 100)
     link_photos(folder, photos, n_small)
@@ -602,9 +602,9 @@ def bench_prepare(folder, rounds, n_small=1000, n_large=10000, n_captions=150000
     naive = n_small / seconds["naive"]
     rows = {
         f"images/s, {n_small:,} with start-up and captions": n_small / seconds["prepare"],
-        f"images/s, {n_large:,} likewise": rate,
-        "images/s, naively, in one process": naive,
-        f"{n_large:,} images, times as fast as naively, per core": rate / naive / os.cpu_count(),
+        f"images/s, {n_large:,} with start-up and captions": rate,
+        "images/s, a plain PIL loop, in one process": naive,
+        f"{n_large:,} images, vs. the plain loop, per core": rate / naive / os.cpu_count(),
         f"memory, MB, {n_small:,} images": memory[n_small],
         f"memory, MB, {n_large:,} images": memory[n_large],
         **bench_tokenizer(n_captions),
@@ -623,7 +623,7 @@ def draw_photos(folder, n):
 
 
 def link_photos(folder, photos, n):
-    """Makes a folder of n photos, by hard links, and their caption file."""
+    """Makes a folder of n hard links to photos, and a caption file."""
     images = folder / f"images{n}"
     images.mkdir()
     lines = ["image,caption\n"]
@@ -646,14 +646,14 @@ def run_prepare(folder, n, memory):
 
 
 def load_naively(photos, n):
-    """What prepare_flickr.py replaces."""
+    """The plain PIL loop that prepare_flickr.py is compared with."""
     for i in range(n):
         image = Image.open(photos[i % len(photos)])
         np.asarray(image.convert("RGB").resize((160, 160)))
 
 
 def bench_tokenizer(n):
-    """Speed of learning and of encoding, with n captions."""
+    """Speed of learning a BPE vocabulary and of encoding, on n captions."""
     texts = draw_captions(n)
     start = time.perf_counter()
     ranks = train_bpe(texts, VOCAB_SIZE)
@@ -672,9 +672,8 @@ def bench_tokenizer(n):
 
 def bench_load(folder, n_layer=18, n_embd=2048, vocab_size=GPT2_VOCAB_SIZE):
     """
-    Peak memory while a random decoder like GPT-2, float16 on disk, is read as the frozen bfloat16
-    weights under LoRA that student and teacher share. By default it has a billion parameters.
-    Linux only.
+    Peak memory while a random GPT-2 (float16 on disk, a billion parameters by default) is read as
+    the frozen bfloat16 weights that student and teacher share in LoRA training. Linux only.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
     config = GPT2Config(n_positions=32, n_layer=n_layer, n_head=8, n_embd=n_embd,
@@ -688,7 +687,7 @@ def bench_load(folder, n_layer=18, n_embd=2048, vocab_size=GPT2_VOCAB_SIZE):
     # makes torch load what it needs for the meta device
     with torch.device("meta"):
         Captioner(options, vocab_size)
-    # otherwise memory that writing has freed would be used again, unseen
+    # otherwise reading would reuse memory that writing has freed, and the peak would miss it
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = anonymous_memory(os.getpid())
@@ -730,7 +729,7 @@ def main():
     parser.add_argument("what", nargs="*", default=sections[:-1], metavar="|".join(sections),
                         help="what to measure (default: everything but load)")
     parser.add_argument("--config", default=str(ROOT / "config/nano.py"),
-                        help="sizes and recipe (default: config/nano.py)")
+                        help="config file with the sizes to measure (default: config/nano.py)")
     parser.add_argument("--device", default="auto",
                         help="cpu, cuda or mps (default: the best available)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
@@ -738,7 +737,7 @@ def main():
     check_ranges(args, rounds=(1, 1000))
     for name in args.what:
         if name not in sections:
-            parser.error(f"measures {', '.join(sections)}, not {name!r}")
+            parser.error(f"expected {', '.join(sections)}, found {name!r}")
     device = pick_device(args.device)
     options, _ = train.read_options([args.config])
     if options.encoder or options.decoder:
@@ -751,7 +750,7 @@ def main():
           f"cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{args.config}, medians of {args.rounds}")
     if not with_peer:
-        print("without the peer: pip install transformers")
+        print("transformers is not installed, so there is no peer; pip install transformers")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if "train" in args.what:

@@ -1,5 +1,5 @@
 """
-METEOR and SPICE, by pycocoevalcap's Java programs.
+Scores captions with METEOR and SPICE, using pycocoevalcap's Java programs.
 
     python evaluate.py --data_dir data/flickr8k --save captions.jsonl
     python dev/meteor_spice.py captions.jsonl
@@ -39,7 +39,7 @@ def read_saved(path):
 def main():
     """See the top of this file."""
     parser = Parser(description=__doc__)
-    parser.add_argument("captions", help="JSON lines, written by evaluate.py --save")
+    parser.add_argument("captions", help="file written by evaluate.py --save")
     args = parser.parse_args()
     try:
         from pycocoevalcap.meteor.meteor import Meteor
@@ -47,13 +47,13 @@ def main():
     except ImportError as error:
         raise UserError(f"pycocoevalcap is missing ({error}); pip install pycocoevalcap") from None
     if not shutil.which("java"):
-        raise UserError("Java is missing: there is no java on the PATH")
+        raise UserError("Java is missing: there is no java on the PATH; install it")
     captions, references = read_saved(args.captions)
     for name, metric in (("METEOR", Meteor), ("SPICE", Spice)):
         try:
             scorer = metric()
-            # Meteor keeps its lock after an error and then waits for it in __del__; a lock that the
-            # same thread may take twice prevents that
+            # after an error, Meteor still holds its lock and would wait for it in __del__ forever;
+            # a reentrant lock prevents that
             scorer.lock = threading.RLock()
             score, _ = scorer.compute_score(references, captions)
             print(f"{name} {score:.3f}")

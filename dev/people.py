@@ -1,12 +1,11 @@
 """
-Counts what captions say wrongly of people, as far as the references tell.
+Counts what captions get wrong about people, judged by the references.
 
     python sample.py --image data/flickr8k-260 --json > captions.jsonl
     python dev/people.py captions.jsonl
 
-A caption that says something of a kind, such as a color of clothes, contradicts the references if
-they say other things of this kind and never the same. Images whose references say nothing of the
-kind are not counted.
+A caption that names something, such as a color of clothes, contradicts the references if they only
+name others. It is not counted if they name none.
 """
 import json
 import re
@@ -27,7 +26,7 @@ SKIN = r"\b(?:black|white|brown|dark|asian|african|african-american|indian|hispa
 
 
 def find_words(text, **groups):
-    """The names of the groups, each "word word ...", that have a word in a text."""
+    """The names of those groups, each "word word ...", of which a text has a word."""
     words = set(re.findall(r"[\w-]+", text.lower()))
     return {name for name, group in groups.items() if words & set(group.split())}
 
@@ -49,21 +48,21 @@ def clothes(text):
 
 
 def skin(text):
-    """What a text says of people's skin or origin, such as {"asian man"}."""
+    """What a text says about people's skin or origin, such as {"asian man"}."""
     return set(re.findall(SKIN, text.lower()))
 
 
 def count(records, find):
-    """How many captions, with their references, say such a thing, and how many contradict them."""
-    told = 0
+    """How many captions can be checked with find, and how many contradict their references."""
+    checked = 0
     wrong = 0
     for record in records:
         said = find(record["captions"][0]["text"])
         true = set().union(*(find(text) for text in record["references"]))
         if said and true:
-            told += 1
+            checked += 1
             wrong += not said & true
-    return told, wrong
+    return checked, wrong
 
 
 def main():
@@ -75,11 +74,11 @@ def main():
         with open(path, encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
-        parser.error(f"{path}: not sample.py's JSON lines ({error})")
+        parser.error(f"{path}: expected the JSON lines of sample.py --json ({error})")
     for name, find in (("gender", gender), ("age", age), ("clothes", clothes), ("skin", skin)):
-        told, wrong = count(records, find)
-        print(f"{name:8} {told:4} captions, {wrong:3} contradict the references")
-    # how often it says the wrong one of two
+        checked, wrong = count(records, find)
+        print(f"{name:8} {checked:4} captions, {wrong:3} contradict the references")
+    # how often the caption names the wrong gender
     for true, said in (("female", "male"), ("male", "female")):
         images = 0
         wrong = 0

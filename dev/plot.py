@@ -1,5 +1,5 @@
 """
-Draw the curve of a run: losses and CIDEr over time, from the log.jsonl of each stage in order.
+Plot a run: losses and CIDEr over time, from the log.jsonl of each of its stages.
 
     python dev/plot.py out/nano out/nano_scst --output curve.png
 
@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanocaption.cli import Parser, UserError, atomic_write, run
 
-# colors that are distinct with any color vision (Okabe and Ito)
+# colors that color-blind people can tell apart (Okabe and Ito)
 LOSSES = {
     "train": dict(color="#999999", linewidth=1.2),
     "val": dict(color="#0072b2", marker="o"),
@@ -29,8 +29,8 @@ BASELINES = {"human": "humans", "constant": "one caption for all"}
 
 def read_log(path):
     """
-    The records of a log, or of the log.jsonl in a folder, as a list of stages, each a list of
-    dicts: a published log may hold several stages, one after another.
+    Reads a log, or the log.jsonl in a folder. Returns a list of stages, each a list of dicts: a
+    published log may hold several stages, one after another.
     """
     path = Path(path)
     if path.is_dir():
@@ -40,7 +40,7 @@ def read_log(path):
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         for line in lines:
-            # a run may just be writing its last line
+            # a run may still be writing its last line
             if not line.endswith("\n"):
                 break
             record = json.loads(line)
@@ -60,7 +60,7 @@ def read_curves(stages):
     """
     Joins the stages. Returns {curve: [(minutes, value), ...]} for the keys of LOSSES and CIDER;
     the minutes and epochs at each line of the log, a pair of lists; the minutes at which each stage
-    ends; and the last logged baselines, see nanocaption.metrics.cider_baselines, or {}.
+    ends; and the last baselines in the log (see nanocaption.metrics.cider_baselines), or {}.
     """
     curves = {name: [] for name in (*LOSSES, *CIDER)}
     minutes = [0.0]
@@ -75,9 +75,9 @@ def read_curves(stages):
         minutes += times[1:]
         ends.append(minutes[-1])
         for record in stage:
-            # evaluations are logged without their time: it is that of the last line before
+            # evaluations have no time in the log; it follows from their step
             x = float(np.interp(record["iter"], iters, times))
-            # self-critical training logs minus the reward, which is no loss
+            # self-critical training logs minus the reward, which is not a loss
             if (record.get("loss") or 0) > 0:
                 curves["train"].append((x, record["loss"]))
             if "eval" in record:
@@ -138,9 +138,9 @@ def draw(path, curves, progress, ends, baselines):
 def main():
     """See the top of this file."""
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", help="folders of train.py, or log files, in order")
+    parser.add_argument("runs", nargs="+", help="out_dir or log file of each stage, in order")
     parser.add_argument("--output", default="curve.png", metavar="PNG",
-                        help="the file to write (default: %(default)s)")
+                        help="image to write (default: %(default)s)")
     args = parser.parse_args()
     if not args.output.lower().endswith(".png"):
         raise UserError(f"--output {args.output}: expected a PNG file name, such as curve.png")
@@ -149,7 +149,7 @@ def main():
         stages += read_log(path)
     curves, progress, ends, baselines = read_curves(stages)
     if not baselines:
-        print("the log has no baselines, so there are no lines for humans and one caption for all")
+        print("the log has no baselines, so the plot lacks humans and one caption for all")
     draw(args.output, curves, progress, ends, baselines)
     print(f"{args.output}: {progress[0][-1]:.1f} minutes, {progress[1][-1]:.1f} epochs")
 

@@ -1,11 +1,11 @@
 """
-Trains a small GPT-2 on the captions of a prepared folder, without images, and saves it in the
-layout of the Hugging Face hub:
+Trains a small GPT-2 on the captions of a prepared folder, without images, and saves it as
+transformers does:
 
     python dev/pretrain_gpt2.py data/flickr8k out/gpt2_captions --minutes 2
     python train.py config/nano.py --decoder=out/gpt2_captions --max_minutes=10
 
-Needs transformers, so that pretrained.py is tested on files that it did not write.
+Needs transformers: its GPT-2 tests pretrained.py on files that we did not write.
 """
 import math
 import sys
@@ -46,7 +46,7 @@ def epoch_batches(captions, rng):
 
 
 def train_model(model, captions, minutes):
-    """Trains for that many minutes, with cosine decay of the learning rate."""
+    """Trains for the given minutes, with cosine decay of the learning rate."""
     eot_token = model.config.eos_token_id
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
     rng = np.random.default_rng(0)
@@ -78,8 +78,8 @@ def main():
     """See the top of this file."""
     parser = Parser(description=__doc__)
     parser.add_argument("data_dir", help="written by prepare_flickr.py")
-    parser.add_argument("out_dir")
-    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("out_dir", help="folder to save the model in")
+    parser.add_argument("--minutes", type=float, default=2, help="training time (default: 2)")
     parser.add_argument("--n_layer", type=int, default=3)
     parser.add_argument("--n_head", type=int, default=4)
     parser.add_argument("--n_embd", type=int, default=256)

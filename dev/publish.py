@@ -1,9 +1,9 @@
 """
-Write a checkpoint that holds all of its weights, frozen pretrained ones too, in half precision.
+Writes a copy of a checkpoint with all of its weights, even frozen ones, in half precision.
 
     python dev/publish.py out/small_scst out/flickr8k/best.pt
 
-The result needs neither the packages nor the files that the frozen weights came from.
+The copy needs neither the packages nor the files that the frozen weights came from.
 """
 import sys
 from pathlib import Path
@@ -24,15 +24,15 @@ def main():
     parser.add_argument("checkpoint", help="a checkpoint, or the folder that holds it")
     parser.add_argument("output", help="the file to write")
     parser.add_argument("--beam", type=int, default=3,
-                        help="sample.py's and evaluate.py's beam size (default: %(default)s)")
+                        help="beam size in sample.py and evaluate.py (default: %(default)s)")
     parser.add_argument("--length_penalty", type=float, default=0.5,
-                        help="their length penalty (default: %(default)s)")
+                        help="length penalty there (default: %(default)s)")
     args = parser.parse_args()
     check_ranges(args, beam=(1, 1e4), length_penalty=(0, 100))
     checkpoint = read_checkpoint(args.checkpoint)
     model = build(checkpoint)
     published = {name: checkpoint[name] for name in KEPT if name in checkpoint}
-    # frozen weights stay frozen in fine-tuning, but are read from here
+    # fine-tuning still freezes them, but reads them from this file
     changes = dict(encoder="", decoder="", lora_rank=0)
     published["options"] = {**checkpoint["options"], **changes}
     published["model"] = halve(model.state_dict())

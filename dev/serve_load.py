@@ -1,6 +1,6 @@
 """
-Load test of serve.py: 8 clients at once with 50 photos each, captions compared with those of
-sample.py --json, and the server's memory after 100 and after 1,000 requests. Linux only.
+Load test of serve.py: 8 clients at once send 50 photos each. Compares the captions with those of
+sample.py --json, and the server's memory after 100 requests with that after 1,000. Linux only.
 
     python dev/serve_load.py --dtype float32
     python dev/serve_load.py --dtype bfloat16
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from nanocaption.cli import Parser, run
 
 CLIENTS = 8
-PHOTOS = 50  # of each client
+PHOTOS = 50  # per client
 
 
 def write_photos(folder):
@@ -52,7 +52,7 @@ def sample_captions(folder, dtype):
 
 
 def post(address, body):
-    """The text and the seconds of a POST /caption."""
+    """Posts an image to /caption. Returns the caption and the seconds that it took."""
     start = time.monotonic()
     request = urllib.request.Request(f"{address}/caption", body)
     with urllib.request.urlopen(request) as reply:
@@ -68,7 +68,8 @@ def memory(process):
 def main():
     """See the top of this file."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32",
+                        help="bfloat16 or float32 (default: float32)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -97,7 +98,7 @@ def main():
         server.kill()
     same = sum(text == wanted for (text, _), wanted in zip(found, expected))
     rate_alone = len(alone) / sum(seconds for _, seconds in alone)
-    print(f"{args.dtype}: {same} of {len(found)} captions as from sample.py")
+    print(f"{args.dtype}: {same} of {len(found)} captions are the same as sample.py's")
     print(f"{rate_alone:.1f} photos per second from one client, {len(found) / seconds:.1f} from "
           f"{CLIENTS}; slowest answer {max(seconds for _, seconds in found):.2f} s")
     print(f"memory: {early:.0f} MB after 100 requests, {late:.0f} MB after 1,000")
