@@ -81,7 +81,7 @@ def read_checkpoint(path):
         raise UserError(f"cannot read {path} as a checkpoint ({type(error).__name__}: {reason})"
                         ) from None
     found = set(checkpoint) if isinstance(checkpoint, dict) else set()
-    missing = {"model", "options", "tokenizer", "version"} - found
+    missing = sorted({"model", "options", "tokenizer", "version"} - found)
     if missing:
         raise UserError(f"{path} is not a nanoCaption checkpoint: it lacks {', '.join(missing)}")
     if checkpoint["version"] == 1:

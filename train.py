@@ -90,7 +90,7 @@ class Options(ModelOptions):
     lora_targets: str = "qkv|proj|fc"  # regular expression for the layers that get an adapter
     # system
     device: str = "auto"              # cpu, cuda, mps, or auto (the best available)
-    dtype: str = "auto"               # bfloat16, float32, or auto (whichever is faster)
+    dtype: str = "auto"               # bfloat16, float32, or auto (CPUs: whichever is faster)
     compile: bool = False             # torch.compile: slow to start, faster on a GPU
     recompute: bool = False           # activation checkpointing in the decoder: slower, less memory
     seed: int = 0                     # for weights, data order, augmentation and dropout
@@ -387,8 +387,9 @@ def compile_parts(options, *models):
         torch.compile(lambda x: x + 1)(models[0].mean)
     except Exception as error:  # torch raises many kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise UserError("--compile needs a working C++ compiler (g++, clang or MSVC); install one, "
-                        f"or use --compile=False ({reason})") from None
+        raise UserError(f"torch.compile does not work here ({reason}); install what it needs, on "
+                        "CPUs a C++ compiler (g++, clang or MSVC), or use --compile=False"
+                        ) from None
     for model in models:
         model.encode = torch.compile(model.encode)
         model.decode = torch.compile(model.decode)

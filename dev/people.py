@@ -53,16 +53,25 @@ def skin(text):
 
 
 def count(records, find):
-    """How many captions can be checked with find, and how many contradict their references."""
+    """
+    How many captions can be checked with find, and how many contradict their references. records:
+    a list of (caption, references).
+    """
     checked = 0
     wrong = 0
-    for record in records:
-        said = find(record["captions"][0]["text"])
-        true = set().union(*(find(text) for text in record["references"]))
+    for caption, references in records:
+        said = find(caption)
+        true = set().union(*(find(text) for text in references))
         if said and true:
             checked += 1
             wrong += not said & true
     return checked, wrong
+
+
+def read_record(line):
+    """A line that sample.py --json printed -> its first caption and the references."""
+    record = json.loads(line)
+    return record["captions"][0]["text"], record["references"]
 
 
 def main():
@@ -72,8 +81,8 @@ def main():
     path = parser.parse_args().captions
     try:
         with open(path, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file]
-    except (OSError, ValueError) as error:
+            records = [read_record(line) for line in file]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         parser.error(f"{path}: expected the JSON lines of sample.py --json ({error})")
     for name, find in (("gender", gender), ("age", age), ("clothes", clothes), ("skin", skin)):
         checked, wrong = count(records, find)
@@ -82,14 +91,14 @@ def main():
     for true, said in (("female", "male"), ("male", "female")):
         images = 0
         wrong = 0
-        for record in records:
-            found = gender(record["captions"][0]["text"])
-            if set().union(*(gender(text) for text in record["references"])) == {true}:
+        for caption, references in records:
+            found = gender(caption)
+            if set().union(*(gender(text) for text in references)) == {true}:
                 images += bool(found)
                 wrong += found == {said}
         print(f"only {true} in the references, caption says only {said}: {wrong} of {images}")
     print("captions that mention skin or origin:",
-          sum(bool(skin(record["captions"][0]["text"])) for record in records))
+          sum(bool(skin(caption)) for caption, _ in records))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ SPLIT_captions.bin   int64 (C + 1,)       where each caption begins in the token
 SPLIT_index.bin      int64 (N + 1,)       where each image's captions begin among the captions
 SPLIT.jsonl          text                 {"image": file name, "captions": [...]} for each image
 tokenizer.tiktoken   text                 the tokens, in tiktoken's format
-token_ids.bin        int64                the tokens' ids in a pretrained decoder, if they have any
+token_ids.bin        int64                for a pretrained decoder: each token's id there
 meta.json            text                 sizes, counts, mean and std; written last
 skipped.txt          text                 the images and captions that could not be used, if any
 """

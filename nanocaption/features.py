@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import zlib
 
@@ -113,20 +114,22 @@ def checksum(values):
 def compute_features(features, make_views, what, rank=0, world=1):
     """
     Computes the missing chunks, split among the ranks; if interrupted, the next call continues.
-    make_views(index) returns float16 (len(index), V, n, C). Raises UserError if there is not enough
-    disk space.
+    make_views(index) returns float16 (len(index), V, n, C). If there is not enough disk space, rank
+    0 raises UserError and the others exit.
     """
     missing = features.missing()
     if not any(gather(len(missing), world)):
         return
+    needed = features.n_bytes * len(missing) / features.n_chunk
+    parent = os.path.dirname(os.path.abspath(features.folder))
+    free = shutil.disk_usage(parent).free
+    if gather(needed > free, world)[0]:
+        if rank > 0:
+            sys.exit(2)
+        raise UserError(f"the features of {what} need {needed / 1e9:.1f} GB in {features.folder}, "
+                        f"but only {free / 1e9:.1f} GB is free; free up some space or use "
+                        "--cache_features=False")
     if rank == 0:
-        needed = features.n_bytes * len(missing) / features.n_chunk
-        parent = os.path.dirname(os.path.abspath(features.folder))
-        free = shutil.disk_usage(parent).free
-        if needed > free:
-            raise UserError(f"the features of {what} need {needed / 1e9:.1f} GB in "
-                            f"{features.folder}, but only {free / 1e9:.1f} GB are free; free up "
-                            "some space or use --cache_features=False")
         features.allocate()
     gather(None, world)  # all ranks wait for the files
     start = time.monotonic()

@@ -169,7 +169,8 @@ def test_strips_show_the_image_then_its_words_in_rows(tmp_path):
 def test_colors_and_shapes_look_at_their_objects():
     """
     On all held-out scenes of the drawn data set, the attention on the objects that a word names,
-    divided by their part of the image's pixels. data/attention.md says how the checkpoint was made.
+    divided by their part of the image's pixels. tests/data/attention.md says how the checkpoint was
+    made.
     """
     captioner = load(HERE / "tests" / "data" / "attention.pt", "cpu", "float32")
     alone, pairs = shapes.split_scenes(0)["test"]

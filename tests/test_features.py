@@ -1,5 +1,6 @@
 """A frozen encoder encodes each view once: stored features equal computed ones."""
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 from checkpoint import load
 from helpers import (one_line_error, random_images, read_log, run, start, tiny_dataset, torchrun,
                      write_config)
+from nanocaption import features
+from nanocaption.cli import UserError
 from nanocaption.features import CHUNK, Features, compute_features
 from nanocaption.generate import caption_images
 from nanocaption.views import make_view, pick_views
@@ -126,6 +129,7 @@ def test_interrupted_damaged_and_stale_features(tmp_path):
 
 
 def test_other_weights_views_or_sizes_are_other_features(data, tmp_path):
+    start(data, tmp_path / "out", "--max_iters=1", options=EYE)
     before = len(features_folders(data))
     for change in (dict(image_size=32), dict(views=3), dict(seed=1),
                    dict(encoder="efficientnet_lite1")):
@@ -151,6 +155,19 @@ def test_two_ranks_share_the_work(tmp_path):
     for folder in ours:
         for path in (tmp_path / "data" / folder).iterdir():
             assert path.read_bytes() == (tmp_path / "other" / folder / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_if_the_disk_is_too_small(tmp_path, monkeypatch, rank):
+    stored = Features(tmp_path / "features", "train", (10**7, 1, 81, 352))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(features, "gather", lambda value, world: [value] * world)
+    with pytest.raises(UserError if rank == 0 else SystemExit) as stopped:
+        compute_features(stored, None, "these images", rank, world=2)
+    if rank == 0:
+        assert "need 570.2 GB" in str(stopped.value) and "only 1.0 GB is free" in str(stopped.value)
+    else:
+        assert stopped.value.code == 2
 
 
 def test_views():

@@ -4,7 +4,7 @@ from helpers import one_line_error, run
 
 
 def record(caption, *references):
-    return {"captions": [{"text": caption}], "references": list(references)}
+    return caption, list(references)
 
 
 def test_contradictions_are_counted():
@@ -24,5 +24,6 @@ def test_contradictions_are_counted():
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
-    path.write_text("no JSON")
-    one_line_error(run("dev/people.py", path, check=False), 2, str(path), "JSON")
+    for text in ("no JSON", '{"image": "a.jpg", "caption": "A dog ."}', "[1]"):
+        path.write_text(text)
+        one_line_error(run("dev/people.py", path, check=False), 2, str(path), "JSON lines of sample")
