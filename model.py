@@ -32,8 +32,8 @@ class ModelOptions:
     patch_size: int = 16        # side of a patch, in pixels
     n_layer_encoder: int = 4    # encoder blocks
     n_layer_decoder: int = 3    # decoder blocks
-    n_head: int = 4             # attention heads
-    n_embd: int = 256           # width
+    n_head: int = 4             # attention heads of the encoder and the decoder
+    n_embd: int = 256           # width of the encoder and the decoder
     n_embd_encoder: int = 0     # encoder width, if different (0: n_embd)
     n_head_encoder: int = 0     # encoder heads, if different (0: n_head)
     block_size: int = 64        # context length: prefix tokens (if any), one caption and EOT

@@ -4,8 +4,7 @@ Turns images and captions (Flickr30k, Flickr8k, COCO or your own) into binary fi
     python prepare_flickr.py                 # downloads Flickr30k (4.4 GB) into data/flickr30k
     python prepare_flickr.py --images photos/ --captions captions.jsonl --out_dir data/mine
 
-nanocaption/dataset.py describes the files that are written, nanocaption/captions.py the supported
-caption formats.
+data/README.md describes the caption formats and the files that are written.
 """
 import hashlib
 import os
@@ -365,7 +364,7 @@ def check_skipped(out_dir, skipped, kind, total, allow_missing):
 
 def read_arguments():
     """The options of the command line, checked, with defaults filled in."""
-    parser = Parser(description="Turns images and captions into binary files for train.py.")
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--images", help="folder, .zip or .tar(.gz) of images "
         "(default: download Flickr30k, 4.4 GB, into data/flickr30k)")

@@ -46,20 +46,20 @@ def parse_args():
     add("--beam", type=int, help="beam size; 1 is greedy (default: the checkpoint's)")
     add("--num_samples", type=int, default=1,
         help="if above 1, sample this many captions per image instead of using beam search")
-    add("--temperature", type=float, default=1.0, help="sampling temperature")
+    add("--temperature", type=float, default=1.0, help="sampling temperature (default: 1)")
     add("--top_k", type=int, default=0, help="sample from the k most likely tokens (0: all)")
     add("--top_p", type=float, default=1.0,
-        help="sample from the most likely tokens with this total probability")
+        help="sample from the most likely tokens with this total probability (1: all)")
     add("--no_repeat_ngram", type=int, default=0,
         help="do not repeat n-grams of this length (0: off)")
-    add("--min_tokens", type=int, default=1, help="minimum caption length, in tokens")
+    add("--min_tokens", type=int, default=1, help="minimum caption length, in tokens (default: 1)")
     add("--max_tokens", type=int,
         help="maximum caption length, in tokens (default: as in training)")
     add("--length_penalty", type=float,
         help="beams are ranked by log-probability / length ** length_penalty (default: the "
              "checkpoint's)")
-    add("--batch_size", type=int, default=64, help="images per batch")
-    add("--seed", type=int, default=0, help="random seed for sampling")
+    add("--batch_size", type=int, default=64, help="images per batch (default: 64)")
+    add("--seed", type=int, default=0, help="random seed for sampling (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 or mps (default: the best available)")
     add("--dtype", default="auto", help="bfloat16 or float32 (default: the faster one)")
     add("--json", action="store_true",

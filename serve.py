@@ -6,11 +6,8 @@ A web page: drop photos on it, see their captions and where the model looked for
     curl --data-binary @photo.jpg http://127.0.0.1:8000/caption
 
 POST /caption takes an image file and returns the JSON of sample.py --json. Query parameters, as in
-/caption?attention=1&others=4: attention=1 adds an attention map for each word; others=N adds at
-most N <= 8 other captions, from a wider beam (sampling=0, the default) or sampled (sampling=1).
-
-Every connection has a thread that reads its request. Two threads decode images, and one thread
-captions them in batches of whatever is waiting, which is faster than one image at a time.
+/caption?attention=1&others=4: attention=1 adds an attention map for each word; others=N adds up to
+N other captions (N at most 8) from a wider beam or, with sampling=1, by sampling.
 """
 import base64
 import hashlib
@@ -46,6 +43,9 @@ from nanocaption.cli import BUNDLED, ROOT, Parser, UserError, check_ranges, one_
 from nanocaption.download import IMAGE_BYTES
 from nanocaption.generate import ENCODE_BATCH, caption_images, caption_record, encode_images
 from nanocaption.images import load_image
+
+# Every connection has a thread that reads its request. Two threads decode images, and one thread
+# captions them in batches of whatever is waiting, which is faster than one image at a time.
 
 HEADER_SECONDS = 10  # to receive a request's headers
 BODY_SECONDS = 30  # to receive its body

@@ -26,4 +26,5 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "captions.jsonl"
     for text in ("no JSON", '{"image": "a.jpg", "caption": "A dog ."}', "[1]"):
         path.write_text(text)
-        one_line_error(run("dev/people.py", path, check=False), 2, str(path), "JSON lines of sample")
+        done = run("dev/people.py", path, check=False)
+        one_line_error(done, 2, str(path), "JSON lines of sample.py")
