@@ -449,7 +449,8 @@ def test_self_critical_gradient_is_that_of_the_expected_reward():
 
     # 8192 samples, in rows short enough for attention
     images = image.expand(32, -1, -1, -1)
-    captions, got = sample_captions(model, images, 32 * [references], frequencies, tokenizer, 256, 0)
+    captions, got = sample_captions(model, images, 32 * [references], frequencies, tokenizer, k=256,
+                                    seed=0)
     assert got.mean().item() == pytest.approx((p * rewards).sum().item(), rel=0.05)
     packed = pack(captions, model.eot_token, model.max_tokens)
     packed["advantage"] = token_advantages(got, packed, model.max_tokens)
