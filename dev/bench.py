@@ -36,7 +36,7 @@ import tempfile
 import threading
 import time
 from dataclasses import asdict, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -54,7 +54,7 @@ from nanocaption.cli import Parser, UserError, check_ranges, run
 from nanocaption.dataset import Dataset, write_dataset
 from nanocaption.head_loss import head_loss
 from nanocaption.optimizer import make_optimizer
-from nanocaption.precision import DTYPES, autocast, cast_weights
+from nanocaption.precision import DTYPES, autocast, bfloat16_speedup, cast_weights
 from nanocaption.tokenizer import make_tokenizer, train_bpe
 from pretrained import assemble, part_options
 
@@ -394,6 +394,15 @@ def peer_labels(captions):
     return pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
+@lru_cache
+def measured_dtypes(device):
+    """The names of the dtypes to measure: not bfloat16 where it is emulated and takes hours."""
+    if device.type == "cpu" and bfloat16_speedup() < 0.5:
+        print("this CPU emulates bfloat16, so only float32 is measured")
+        return ["float32"]
+    return list(DTYPES)
+
+
 def bench_train(options, batches, device, with_peer, rounds):
     """
     {table: {row: {column: number}}}: on each batch, our variants and the peers in both dtypes;
@@ -405,7 +414,7 @@ def bench_train(options, batches, device, with_peer, rounds):
     data = next(iter(batches.values()))
     runs = {}
     parts = {}
-    for dtype in DTYPES:
+    for dtype in measured_dtypes(device):
         changed = replace(options, dtype=dtype)
         runs[f"train.py, {dtype}"] = time_training(changed, data, device, rounds)
         times = part_milliseconds(Ours(changed, data, device), device, rounds)
@@ -422,7 +431,7 @@ def bench_batch(options, data, device, with_peer, rounds):
     side = MATRIX_SIZE[device.type]
     functions = {}
     flops = {}
-    for dtype in DTYPES:
+    for dtype in measured_dtypes(device):
         for variant, changes in VARIANTS.items():
             changed = replace(options, dtype=dtype, **changes)
             ours = Ours(changed, data, device)
@@ -519,9 +528,10 @@ def bench_decode(options, device, with_peer, rounds):
     """{table: {row: {column: number}}}: images per second, with captions of CAPTION_TOKENS."""
     models = {}
     peers = {}
-    for name, dtype in DTYPES.items():
+    for name in measured_dtypes(device):
         torch.manual_seed(0)
-        models[name] = cast_weights(Captioner(options, VOCAB_SIZE).to(device).eval(), dtype)
+        model = Captioner(options, VOCAB_SIZE).to(device).eval()
+        models[name] = cast_weights(model, DTYPES[name])
         if with_peer:
             for peer, vocab_size in PEERS.items():
                 peers[peer, name] = Peer(options, vocab_size, device, name)

@@ -17,6 +17,7 @@ def test_training_and_captioning_are_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "N_PRODUCTS", 1)
     monkeypatch.setattr(bench, "MATRIX_SIZE", {"cpu": 128})
     monkeypatch.setattr(bench, "RUN_STEPS", 2)
+    monkeypatch.setattr(bench, "measured_dtypes", lambda device: ["float32", "bfloat16"])
     monkeypatch.setattr(bench, "METHODS", {"encoder only": 0, "beam 3": 3})
     options = train.Options(**TINY, batch_size=4, max_iters=1, local_conv=True, unigram=1.0)
     batches = bench.write_batches(tmp_path, options)
