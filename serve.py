@@ -6,8 +6,8 @@ A web page: drop photos on it, see their captions and where the model looked for
     curl --data-binary @photo.jpg http://127.0.0.1:8000/caption
 
 POST /caption takes an image file and returns the JSON of sample.py --json. Query parameters, as in
-/caption?attention=1&others=4: attention=1 adds an attention map for each word; others=N adds up to
-N other captions (N at most 8) from a wider beam or, with sampling=1, by sampling.
+/caption?attention=1&others=4: attention=1 adds each word's attention map (word, weights); others=N
+adds up to N other captions (N at most 8) from a wider beam or, with sampling=1, by sampling.
 """
 import base64
 import hashlib
@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         """
         host = self.headers.get_all("Host", [])
         if len(host) != 1 or not self.server.has_name(host[0]):
-            raise Refusal(403, "unknown Host; use the address that serve.py printed")
+            raise Refusal(403, "unknown Host; use the server's IP address or its --host name")
         if self.headers.get("Origin", f"http://{host[0]}") != f"http://{host[0]}":
             raise Refusal(403, "requests from other sites are refused")
 

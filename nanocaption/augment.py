@@ -10,9 +10,9 @@ from torch.nn import functional as F
 def augment(images, seeds, may_flip, options):
     """
     uint8 (B, S, S, 3) -> float (B, s, s, 3) with s = options.image_size, on the scale 0..255
-    (jitter may go a little beyond).
+    (jitter may go beyond).
 
-    One affine sampling crops and mirrors an image. It depends only on the image's seed, a tuple of
+    One affine transform crops and mirrors an image. It depends only on the image's seed, a tuple of
     ints, not on how a batch is split over GPUs. may_flip: bool (B,).
     """
     B = len(images)

@@ -24,8 +24,8 @@ def read_ranks():
                         "train.py with torchrun, or unset them")
     missing = [name for name, value in environment.items() if not value]
     if int(world) > 1 and missing:
-        raise UserError(f"WORLD_SIZE is {world} in the environment, but {', '.join(missing)} is "
-                        "missing; start train.py with torchrun, or set it for each rank")
+        raise UserError(f"WORLD_SIZE is {world}, but the environment lacks {', '.join(missing)}; "
+                        "start train.py with torchrun, or set what is missing for each rank")
     return int(rank), int(world)
 
 
@@ -42,7 +42,7 @@ def init_distributed(device, options):
         return rank, world, device
     if device.type == "cuda":
         n_gpu = torch.cuda.device_count()
-        # other launchers than torchrun usually number ranks machine by machine
+        # launchers other than torchrun usually number ranks machine by machine
         local_rank = int(os.environ.get("LOCAL_RANK", rank % n_gpu))
         if local_rank >= n_gpu:
             raise UserError(f"each process needs a GPU of its own, but this machine has {n_gpu}; "

@@ -3,7 +3,7 @@ import torch
 
 from nanocaption.metrics import cider, cider_references, document_frequencies, tokenize
 
-END = "<end>"  # counts as a word; without it, captions learn to stop early, such as after "on a"
+END = "<end>"  # counts as a word; without it, the model learns to stop early, such as after "on a"
 
 
 def words_and_end(text):

@@ -35,7 +35,7 @@ def sheet_format(option, path):
 
 
 def pick_font(texts):
-    """The font that has most of the texts' characters. Reports on stderr how many it lacks."""
+    """The font that lacks the fewest of the texts' characters. Reports on stderr how many."""
     characters = sorted(c for c in set("".join(texts)) if c.isprintable())
     best = ImageFont.load_default(FONT_SIZE)
     missing = missing_in(best, characters)
@@ -72,7 +72,7 @@ def draw_character(font, character):
 
 
 def wrap(text, font, width):
-    """Splits a text into lines of at most `width` pixels; words that are wider are cut."""
+    """Splits a text into lines of at most `width` pixels; wider words are broken up."""
     lines = []
     for paragraph in text.split("\n"):
         line = ""

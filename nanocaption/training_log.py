@@ -26,7 +26,7 @@ def open_out_dir(options, state, lock, resume):
 
 
 def describe(options, state, model, train, device, world, dtype_reason):
-    """The first line that a run prints, and a second one if the run is already finished."""
+    """The line that describes a run, and a second one if the run is already finished."""
     n = sum(p.numel() for p in model.parameters()) / 1e6
     n_encoder = sum(p.numel() for p in model.encoder.parameters()) / 1e6
     where = f"{device.type} x {world}" if world > 1 else device.type
@@ -43,7 +43,7 @@ def describe(options, state, model, train, device, world, dtype_reason):
 
 
 def log_start(options, state, model, train, val, device, world, dtype_reason):
-    """Prints the first lines of a run; a new run also logs baselines for its CIDEr."""
+    """Prints a description of the run; a new run also logs baselines for its CIDEr."""
     print(describe(options, state, model, train, device, world, dtype_reason), flush=True)
     if state.step > 0:
         return

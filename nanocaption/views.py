@@ -2,8 +2,8 @@
 Fixed views of each image, so that a frozen encoder's features can be stored and reused.
 
 View 0 is the image itself. With flip, view 1 is its mirror image (the image itself, if a caption
-says left or right). Every other view is a random crop with jitter, drawn from (seed, image, view).
-An epoch uses one view of each image, drawn from (seed, epoch, image).
+says left or right). All others are random crops with flip and jitter, drawn from (seed, image,
+view). An epoch uses one view of each image, drawn from (seed, epoch, image).
 """
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def make_view(images, index, view, may_flip, options):
 
 class FrozenViews:
     """
-    The frozen encoder's features of one split's views, float16 (n, c) for each image and view.
+    The frozen encoder's features of one split's views, float16 (n, C) for each image and view.
 
     Every read computes them, unless fill has stored all of them in data_dir/features-KEY/.
     may_flip: bool (N,).
@@ -65,7 +65,7 @@ class FrozenViews:
 
     @torch.no_grad()
     def compute(self, index, view):
-        """The features of one view of these images, float16 (len(index), n, c)."""
+        """The features of one view of these images, float16 (len(index), n, C)."""
         training = self.model.training
         self.model.eval()
         device = self.model.mean.device
@@ -82,7 +82,7 @@ class FrozenViews:
         return np.concatenate(parts)
 
     def read(self, index, views):
-        """The features of these images and views, int (B,) each -> float32 (B, n, c) on the CPU."""
+        """The features of these images and views, int (B,) each -> float32 (B, n, C) on the CPU."""
         if self.features:
             return torch.from_numpy(self.features.read(index, views)).float()
         index = np.asarray(index)
@@ -115,7 +115,7 @@ class FrozenViews:
         self.features = features
 
     def compute_all(self, index):
-        """The features of all views of these images, float16 (len(index), V, n, c)."""
+        """The features of all views of these images, float16 (len(index), V, n, C)."""
         return np.stack([self.compute(index, view) for view in range(self.n_view)], axis=1)
 
 

@@ -203,8 +203,8 @@ train.run(train.main)
 
 
 @pytest.mark.parametrize("environment, parts", [
-    (dict(RANK="0", WORLD_SIZE="2"), ["WORLD_SIZE is 2", "MASTER_ADDR, MASTER_PORT is missing"]),
-    (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999"), ["RANK is missing"]),
+    (dict(RANK="0", WORLD_SIZE="2"), ["WORLD_SIZE is 2", "lacks MASTER_ADDR, MASTER_PORT"]),
+    (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999"), ["lacks RANK"]),
     (dict(RANK="1"), ["RANK is '1' and WORLD_SIZE is '1'"]),
     (dict(RANK="2", WORLD_SIZE="2"), ["RANK is '2' and WORLD_SIZE is '2'"]),
     (dict(RANK="0", WORLD_SIZE="two"), ["WORLD_SIZE is 'two'", "torchrun"]),
