@@ -90,7 +90,7 @@ def caption(captioner, image, attention=False, **options):
     """
     The caption, a str, of an image: a path, an http(s) URL, bytes, a binary file, a PIL.Image or an
     array (H, W, 3), uint8 or float in 0..1; for a list of images or an array (N, H, W, 3), a list.
-    With num_samples=k > 1, a list of k captions instead of each caption. With attention, a tuple
+    With num_samples or n_best > 1, a list of captions instead of each one. With attention, a tuple
     (caption, [(word, its attention map), ...]) instead. options: see caption_images.
 
     Raises UserError, a ValueError, for anything that is not an image.
@@ -100,10 +100,13 @@ def caption(captioner, image, attention=False, **options):
     if not len(sources):
         return []
     images = np.stack([load_image(source, captioner.image_size) for source in sources])
-    texts = []
+    results = []
     for captions in caption_images(captioner, images, attention=attention, **options):
-        found = [c["text"] for c in captions]
+        best = captions[0]
         if attention:
-            found = [(c["text"], c["attention"]) for c in captions]
-        texts.append(found if options.get("num_samples", 1) > 1 else found[0])
-    return texts if several else texts[0]
+            results.append((best["text"], best["attention"]))
+        elif options.get("num_samples", 1) > 1 or options.get("n_best", 1) > 1:
+            results.append([c["text"] for c in captions])
+        else:
+            results.append(best["text"])
+    return results if several else results[0]

@@ -189,6 +189,10 @@ def test_caption_from_python(trained, photos):
     with a.open("rb") as file:
         assert caption(captioner, file) == texts[0]
     assert [len(found) for found in caption(captioner, [a, b], num_samples=3)] == [3, 3]
+    best = caption(captioner, a, beam=3, n_best=2)
+    assert len(set(best)) == 2 and best[0] == caption(captioner, a, beam=3)
+    text, words = caption(captioner, a, beam=3, n_best=2, attention=True)
+    assert text == best[0] and [word for word, _ in words] == text.split()
 
 
 def test_caption_of_images_and_arrays_in_memory(trained, tmp_path):
