@@ -1,12 +1,12 @@
 """
 Checkpoints: what they hold, how they are read, how a run starts from one.
 
-A checkpoint is a dict of tensors, strings, numbers, lists and dicts, so it loads with
-weights_only=True: version, options, vocab_size, tokenizer (ranks, pattern, ids), fingerprint of
-the data, model (a state dict without frozen pretrained weights), source_hashes (of those weights),
-flickr_ids (hashes of the training images' ids), search (beam search's defaults). last.pt adds
-teacher, optimizer and state, to resume from. best.pt holds the weights, of student or teacher, with
-the best CIDEr so far, in half precision; it adds which of the two, the step and the scores.
+A checkpoint is a dict of tensors and built-in Python types, so it loads with weights_only=True:
+version, options, vocab_size, tokenizer (ranks, pattern, ids), fingerprint of the data, model (a
+state dict without frozen pretrained weights), source_hashes (of those weights), flickr_ids (hashes
+of the training images' ids), search (beam search's defaults). last.pt adds teacher, optimizer and
+state, to resume from. best.pt holds the weights, of student or teacher, with the best CIDEr so far,
+in half precision; it adds which of the two, the step and the scores.
 """
 import re
 import sys
@@ -93,7 +93,7 @@ def read_checkpoint(path):
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if checkpoint["version"] != VERSION:
         raise UserError(f"{path} has format version {checkpoint['version']}; this code reads "
-                        f"{VERSION}: use the code that wrote it")
+                        f"up to {VERSION}: use the code that wrote it")
     return checkpoint
 
 
@@ -377,8 +377,8 @@ def save_best(about, candidate, model, **result):
 
 def resume_run(checkpoint, model, teacher, optimizer, options):
     """
-    Restores teacher and optimizer from last.pt; model is restored already. Learning rates come from
-    options, not from the checkpoint. Returns the saved state, a dict.
+    Restores teacher and optimizer from last.pt; model is restored already. Learning rates and
+    weight decay come from options, not the checkpoint. Returns the saved state, a dict.
     """
     restore(teacher, checkpoint["teacher"], frozen_names(model))
     given = []

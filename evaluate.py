@@ -274,7 +274,7 @@ def main():
     if n > 1 and shuffled_ce - ce < 0.01 * n_tokens:
         warn("the model barely uses its images: the loss is "
              f"{shuffled_ce / n_tokens:.4f} with shuffled images and {ce / n_tokens:.4f} with "
-             "their own")
+             "the right ones")
 
     words = [tokenize(text) for text in texts]
     references = [[tokenize(text) for text in captions] for captions in source.references]

@@ -38,7 +38,7 @@ class ModelOptions:
     n_head_encoder: int = 0     # encoder heads, if different (0: n_head)
     block_size: int = 64        # context length: prefix tokens (if any), one caption and EOT
     bridge: str = "cross"       # how the image enters: cross (attention), prefix (tokens) or both
-    n_query: int = 0            # pool the patches into this many learned queries (0: no pooling)
+    n_query: int = 0            # pool the patches with this many learned queries (0: no pooling)
     local_conv: bool = False    # a depthwise 3x3 convolution before each encoder block
     unigram: float = 0.0        # weight of a loss that predicts tokens from the mean patch
     dropout: float = 0.0        # rate, on embeddings and on the output of each sub-layer
@@ -483,7 +483,7 @@ class Captioner(nn.Module):
 
     def unigram_loss(self, encoded, row, targets):
         """
-        Cross-entropy of each token given only its image's mean vector (arXiv 1511.02251): it
+        Summed cross-entropy of tokens given only their image's mean vector (arXiv 1511.02251). It
         trains the encoder directly. encoded (B, N, C); row (each token's image) and targets (n,).
         """
         logits = F.linear(self.unigram(encoded.mean(1)), self.wte.weight)  # (B, V)

@@ -12,7 +12,7 @@ From Python:
     captioner = load()
     print(caption(captioner, "photo.jpg"))
     text, words = caption(captioner, "photo.jpg", attention=True)
-    # words: [(word, its attention map, an array over the g x g patches), ...]
+    # words: [(word, attention map), ...]; a map is an array over the g x g patches
 """
 import itertools
 import json
@@ -113,7 +113,7 @@ def find_images(paths, split, limit):
 
 
 def images_in(folder):
-    """The paths of the images in a folder, at any depth. Names all other files on stderr."""
+    """The paths of the images in a folder, at any depth. Reports other files on stderr."""
     images = []
     others = []
     for name, path in list_images(folder).items():
@@ -197,7 +197,7 @@ def main():
             continue
         images = np.stack([image for _, image, _ in loaded])
         results = caption_images(captioner, images, **options)
-        options["seed"] += len(loaded)  # other random numbers for each batch
+        options["seed"] += len(loaded)  # different random numbers for each batch
         n_captioned += len(loaded)
         for (name, image, references), captions in zip(loaded, results):
             if args.attention:

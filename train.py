@@ -82,7 +82,7 @@ class Options(ModelOptions):
     # pretrained parts, see pretrained.py
     encoder: str = ""                 # efficientnet_lite0, 1 or 2; or a Hugging Face name or folder
     decoder: str = ""                 # a Hugging Face name or folder, e.g. gpt2
-    freeze_encoder: bool = False      # do not train the encoder; see views and cache_features
+    freeze_encoder: bool = False      # freeze its pretrained weights; see views and cache_features
     tune_blocks: int = 0              # still train the last N blocks of a frozen EfficientNet
     views: int = 1                    # with a frozen encoder: fixed views (augmentations) per image
     cache_features: bool = True       # store a frozen encoder's features instead of recomputing
@@ -178,10 +178,9 @@ def get_batch(split, index, model, features=None):
     given, a frozen encoder's features are returned in place of the images.
     """
     device = model.mean.device
-    if features is None:
-        features = torch.from_numpy(split.read_images(index))
+    images = torch.from_numpy(split.read_images(index)) if features is None else features
     captions = pack(split.read_tokens(index), model.eot_token, model.max_tokens)
-    return features.to(device), {name: t.to(device) for name, t in captions.items()}
+    return images.to(device), {name: t.to(device) for name, t in captions.items()}
 
 
 class TrainSplit:
@@ -351,7 +350,7 @@ class State:
     seconds: float = 0.0  # of training
     skipped: int = 0      # consecutive steps, so far, without a finite gradient
     best: list = field(default_factory=lambda: [-1.0, 0.0])  # CIDEr and -loss of best.pt
-    # since the last line of the log: cross-entropy, tokens, images, captions, seconds
+    # since the last log_step: cross-entropy, tokens, images, captions, seconds
     sums: list = field(default_factory=lambda: [0.0] * 5)
 
     def progress(self, options):
@@ -378,7 +377,7 @@ def lr_multiplier(step, progress, options):
 
 def compile_parts(options, *models):
     """
-    With --compile, compiles all but the output head, which is a torch.autograd.Function. Raises
+    With --compile, compiles encode and decode, but not the loss, a torch.autograd.Function. Raises
     UserError if torch.compile does not work here.
     """
     if not options.compile:

@@ -6,7 +6,7 @@ data_dir = "data/flickr30k-gpt2"
 out_dir = "out/gpt2_vit"
 encoder = "google/vit-base-patch16-224-in21k"
 freeze_encoder = True
-# the image itself, mirrored, and six random crops; storing their features would take 70 GB
+# the image, its mirror image and six random crops; storing their features would take 70 GB
 views = 8
 cache_features = False
 decoder = "gpt2"
