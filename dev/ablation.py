@@ -37,11 +37,11 @@ VARIANTS = {  # name: options that differ from config/nano.py
 }
 SCORES = ("cider", "bleu4", "loss", "loss_shuffled", "bits_per_char", "distinct")
 INTRODUCTION = """Written by `python dev/ablation.py`. Each row is config/nano.py with the listed
-changes. Scores are means over seeds on Flickr8k's dev split (1,000 images, beam search); CIDEr is
-also given by seed. The shuffled gap is how much shuffled images raise the loss, in bits per
-character; distinct is the fraction of captions that are distinct. The unigram loss predicts tokens
-from the mean patch, local convolutions are depthwise 3x3 ones before each encoder block, and word
-dropout hides input tokens in training."""
+changes. Scores are means over seeds on Flickr8k's validation split (1,000 images, beam search);
+CIDEr is also given by seed. The shuffled gap is how much shuffled images raise the loss, in bits
+per character; distinct is the fraction of captions that are distinct. The unigram loss predicts
+tokens from the mean patch, local convolutions are depthwise 3x3 ones before each encoder block, and
+word dropout hides input tokens in training."""
 HEADER = """| | steps | loss, bits per character | shuffled gap | CIDEr | by seed | distinct |
 |---|---|---|---|---|---|---|"""
 RECORDED = """These runs used a stem of strided convolutions instead of the linear patch embedding.

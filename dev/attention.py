@@ -63,7 +63,7 @@ CONCLUSION = """
 nanocaption/attention_maps.py uses the mean over all layers and heads, with the mean over steps
 subtracted. On average, it puts the most attention on the object and has the most peaks there. The
 maximum puts as much on the object (more at width 64, less at width 128), but its peak misses the
-object twice as often. Also, this score rewards any map for being sharper.
+object twice as often. Also, "on the object" rewards any map for being sharper.
 
 The chosen rule, by size and number of the objects that a word names; "at most" is the score of a
 map with all its weight on the patch that they cover best:

@@ -26,7 +26,7 @@ SKIN = r"\b(?:black|white|brown|dark|asian|african|african-american|indian|hispa
 
 
 def find_words(text, **groups):
-    """The names of those groups, each "word word ...", of which a text has a word."""
+    """The names of the groups, each "word word ...", that have a word in the text."""
     words = set(re.findall(r"[\w-]+", text.lower()))
     return {name for name, group in groups.items() if words & set(group.split())}
 

@@ -5,7 +5,7 @@ transformers does:
     python dev/pretrain_gpt2.py data/flickr8k out/gpt2_captions --minutes 2
     python train.py config/nano.py --decoder=out/gpt2_captions --max_minutes=10
 
-Needs transformers: its GPT-2 tests pretrained.py on files that we did not write.
+Needs transformers, so that pretrained.py also reads files that our own code did not write.
 """
 import math
 import sys
