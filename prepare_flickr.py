@@ -213,7 +213,7 @@ def prepare(args):
 
 
 def download_flickr30k(args):
-    """Downloads what is missing of Flickr30k."""
+    """Downloads the files of Flickr30k that are missing."""
     os.makedirs(os.path.dirname(args.images), exist_ok=True)
     token = None
     if args.url.startswith(f"{download.HUB}/"):
@@ -348,7 +348,7 @@ def write_skipped(out_dir, skipped):
 
 
 def check_skipped(out_dir, skipped, kind, total, allow_missing):
-    """Writes skipped.txt. Raises UserError if over 1% are in it, unless allow_missing."""
+    """Writes skipped.txt. Raises UserError if over 1% of a kind are in it, unless allow_missing."""
     write_skipped(out_dir, skipped)
     bad = [what for skipped_kind, what in skipped if skipped_kind == kind]
     if len(bad) > 0.01 * total and not allow_missing:
@@ -377,10 +377,10 @@ def read_arguments():
     add("--image_size", type=int, default=160,
         help="side of the stored images in pixels (default: %(default)s)")
     add("--vocab_size", type=int, default=8192,
-        help="maximum number of tokens, including EOT (default: %(default)s)")
+        help="with bpe: maximum number of tokens, including EOT (default: %(default)s)")
     add("--tokenizer", default="bpe",
         help="bpe (learned from the training captions), gpt2, a prepared folder, a checkpoint, a "
-        "language model on the hub (OWNER/NAME) or a folder with a tokenizer.json (default: bpe)")
+        "Hugging Face name (OWNER/NAME) or a folder with a tokenizer.json (default: bpe)")
     add("--keep_used", action="store_true",
         help="keep only those tokens of an existing --tokenizer that the training captions use")
     add("--workers", type=int, default=os.cpu_count(),

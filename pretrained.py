@@ -29,7 +29,7 @@ from nanocaption.weights import (SkipInit, fetch_model, hash_tensors, read_json,
                                  read_weights)
 
 LORA_ALPHA = 16
-# how names begin: of a HybridEncoder's pretrained weights, and of other encoders' new ones
+# prefixes of names: a HybridEncoder's pretrained weights, and other encoders' new ones
 NETWORK = ("encoder.network.", "encoder.stem.last.")
 POOLING = ("encoder.queries", "encoder.pool.", "encoder.norm_pool.")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -120,7 +120,7 @@ class QuickGELU(nn.Module):
 
 
 class ViTStem(nn.Module):
-    """Class tokens and patches, with learned positions; then CLIP's LayerNorm."""
+    """Class tokens and patches, with learned positions; CLIP adds a LayerNorm."""
 
     def __init__(self, options, n_class, norm):
         super().__init__()
@@ -167,7 +167,7 @@ class ViT:
         stem = ViTStem(options, n_class, norm="stem.norm" in self.names)
         encoder = Encoder(options, stem)
         if "norm" not in self.names:
-            # CLIP's last norm is for the class token only, as its pooled output
+            # CLIP's last norm applies only to its pooled output, the class token
             encoder.norm = nn.Identity()
         for module in encoder.modules():
             if isinstance(module, nn.LayerNorm):
@@ -262,7 +262,7 @@ class HybridEncoder(Encoder):
     """
     Our transformer blocks on the feature map of a convolutional network, which takes the place of
     the patches (arXiv 2010.11929, section 3.1). freeze_encoder freezes the network except its
-    last tune_blocks blocks: features runs what it freezes, and head runs all the rest.
+    last tune_blocks blocks: features runs the blocks before those, and head runs all the rest.
     """
 
     def __init__(self, options):
@@ -566,7 +566,7 @@ def read_model_config(source):
 
 
 def find_family(families, name):
-    """One of ENCODERS or DECODERS. Raises UserError if it has none of that name."""
+    """An entry of ENCODERS or DECODERS. Raises UserError if there is none of that name."""
     if name not in families:
         raise UserError(f"a model of type {name!r} is not supported; choose from "
                         f"{', '.join(families)}")
@@ -659,7 +659,7 @@ def load_parts(model, encoder="", decoder="", ids=None):
 
 
 def read_tensors(source):
-    """All tensors of an EfficientNet-Lite or a model from the hub, by their original names."""
+    """All tensors of a source, by their original names."""
     if not is_efficientnet(source):
         return read_weights(fetch_model(source))
     name, _, path = source.partition(":")
@@ -669,7 +669,7 @@ def read_tensors(source):
 def load_part(family, module, source, options, ids=None):
     """
     The pretrained weights of one part, {name in module: tensor}, and the original tensors that they
-    were made of, {original name: tensor}; see load_parts.
+    were made of, {original name without prefix: tensor}; see load_parts.
     """
     tensors = {}
     for name, tensor in read_tensors(source).items():
@@ -754,7 +754,7 @@ def assemble(options, vocab_size, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), 
 
 
 def is_pretrained(name, options):
-    """Whether a captioner's parameter belongs to what came with its pretrained encoder."""
+    """Whether a captioner's parameter came with its pretrained encoder."""
     if options.encoder_family.startswith("efficientnet"):
         return name.startswith(NETWORK)
     return name.startswith("encoder.") and not name.startswith(POOLING)

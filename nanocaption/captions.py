@@ -106,8 +106,8 @@ def find_missing(name, texts):
 
 # ------------------------------------------------------------------------------------------------
 # formats: each reader yields (where, the line or record itself, image name, captions, split), with
-# None for what is missing or malformed. For a new format, write a reader that read_rows calls, or
-# for a layout of JSON extend to_records.
+# None for what is missing or malformed. For a new format, write a reader that read_rows calls; for
+# a new JSON layout, extend to_records.
 
 
 def read_rows(path):
@@ -299,7 +299,7 @@ def to_records(path, data):
 
 
 def without_path(captions, name):
-    """HanCai98's Flickr30k lists the image's path among its captions."""
+    """The captions without the image's path, which HanCai98's Flickr30k lists among them."""
     file_name = os.path.basename(name)
     return [text for text in captions if os.path.basename(text) != file_name]
 

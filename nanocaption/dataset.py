@@ -36,7 +36,7 @@ VERSION = 1
 
 class Dataset:
     """
-    A prepared folder. Raises UserError if data_dir holds none.
+    A prepared folder. Raises UserError if data_dir is not one.
 
     meta: meta.json's dict. splits: {name: {"images": count, "captions": count, "tokens": count,
     "longest": tokens of the longest caption}}. vocab_size includes EOT. mean, std: 3 floats each,

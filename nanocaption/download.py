@@ -1,4 +1,4 @@
-"""Downloads: images by URL, large files that resume, and names on the Hugging Face hub."""
+"""Downloads: images by URL, large files (resumable), and models on the Hugging Face hub."""
 import contextlib
 import os
 import re
@@ -10,13 +10,13 @@ import urllib.parse
 
 from nanocaption.cli import ROOT, UserError, atomic_write, lock_file, show_progress
 
-# a mirror, as in Hugging Face's own programs
+# HF_ENDPOINT sets a mirror, as in Hugging Face's own programs
 HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 WEIGHTS = os.path.join(ROOT, "data", "weights")  # where models from the hub are kept
-IMAGE_BYTES = 2**27  # larger than any image file
+IMAGE_BYTES = 2**27  # the largest image file that is accepted
 IMAGE_SECONDS = 60  # to download an image
 USER_AGENT = "nanoCaption"  # some servers refuse the default of requests
-TRIES = 8  # attempts in a row that receive nothing new
+TRIES = 8  # attempts in a row that receive nothing new, before giving up
 WAIT = 2.0  # seconds before the next attempt, doubled for each that received nothing new
 
 

@@ -83,7 +83,7 @@ class MBConv(nn.Module):
 class EfficientNetLite(nn.Module):
     """
     Normalized images (B, 3, S, S) -> the feature map before the last convolution, (B, n_channel,
-    S / 32, S / 32).
+    g, g), where g is S / 32 rounded up.
     """
 
     def __init__(self, name):

@@ -175,7 +175,7 @@ def without_metadata(data):
 
 
 def from_array(array):
-    """An array (H, W) or (H, W, 1, 3 or 4), uint8 or float in 0..1, -> a PIL.Image."""
+    """An array (H, W) or (H, W, C), C 1, 3 or 4, uint8 or float in 0..1 -> a PIL.Image."""
     is_float = array.dtype.kind == "f" and array.size and 0 <= array.min() <= array.max() <= 1
     has_channels = array.ndim == 3 and array.shape[2] in (1, 3, 4)
     if not (array.ndim == 2 or has_channels) or not (array.dtype == np.uint8 or is_float):

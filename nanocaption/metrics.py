@@ -17,7 +17,7 @@ N_TRIED = 100  # images that they are tried on
 # words
 
 # abbreviations, which keep their period: these always, CAPITAL only if capitalized, NUMBERED only
-# before a number
+# before a number, comma or semicolon
 ABBREVIATIONS = """
     jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri mr mrs ms
     messrs mme mlle dr drs prof profs sr jr st ste ave blvd rd mt ft ct sq bldg vs etc inc ltd
@@ -223,8 +223,8 @@ def bleu(captions, references):
     """
     BLEU-1 to BLEU-4 (Papineni et al. 2002, ACL P02-1040) with the closest reference's length, as
     pycocoevalcap computes them. captions: a list of words for each image; references: for each a
-    list of lists of words. Returns the corpus's four scores, and four lists with each caption's.
-    Raises ValueError if their numbers differ.
+    list of lists of words. Raises ValueError if their numbers differ. Returns the corpus's four
+    scores, and four lists with each caption's.
     """
     counts = []
     for words, image_references in zip(captions, references, strict=True):

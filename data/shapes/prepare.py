@@ -173,7 +173,7 @@ def too_close(objects):
 
 
 def is_relation_clear(scene, objects):
-    """Whether one group is clearly left of or above the other, not halfway between the two."""
+    """Whether one group is clearly left of or above the other, not diagonal to it."""
     a, relation, b = scene
     if b is None:
         return True
@@ -224,7 +224,7 @@ def make_split(split, scenes, num_train, image_size, seed):
     """(names, captions, images) for write_dataset; scenes: the split's [alone, pairs]."""
     alone, pairs = scenes
     if split == "train":
-        # few scenes have one group, but a quarter of the images: they teach the words first
+        # few scenes have one group, but a quarter of the images do: they teach the words first
         alone = cycle(alone)
         pairs = cycle(pairs)
         scenes = [next(pairs if i % 4 else alone) for i in range(num_train)]
