@@ -242,14 +242,15 @@ def load(path=BUNDLED, device="auto", dtype="auto"):
         tokenizer = make_tokenizer(text_to_ranks(saved["ranks"]), saved["pattern"])
         model = build(checkpoint).to(device)
         flickr_ids = set(checkpoint["flickr_ids"].tolist()) if "flickr_ids" in checkpoint else set()
+        captioner = LoadedCaptioner(model, tokenizer, model.options.image_size, dtype,
+                                    flickr_ids=flickr_ids, **checkpoint.get("search", {}))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from None
     if dtype != torch.float32:
         cast_weights(model, dtype)
-    return LoadedCaptioner(model, tokenizer, model.options.image_size, dtype,
-                           flickr_ids=flickr_ids, **checkpoint.get("search", {}))
+    return captioner
 
 
 # -----------------------------------------------------------------------------

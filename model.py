@@ -211,6 +211,13 @@ class KVCache:
 # -----------------------------------------------------------------------------
 # the encoder
 
+def patch_grid(image_size, patch_size):
+    """The number of patches on each side of an image. Raises ValueError if they do not fit."""
+    if image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+    return image_size // patch_size
+
+
 def patchify(images, patch_size):
     """(B, 3, S, S) -> (B, N, patch_size * patch_size * 3), row by row, channels last"""
     B, _, S, _ = images.shape
@@ -237,12 +244,9 @@ class PatchEmbedding(nn.Linear):
     """The stem: one linear layer on each patch, plus fixed position embeddings."""
 
     def __init__(self, image_size, patch_size, n_embd):
-        if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size "
-                             f"{patch_size}")
+        grid = patch_grid(image_size, patch_size)
         super().__init__(3 * patch_size ** 2, n_embd)
         self.patch_size = patch_size
-        grid = image_size // patch_size
         self.n_patch = grid * grid
         self.register_buffer("positions", sincos_2d(grid, n_embd), persistent=False)
 

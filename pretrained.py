@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import Block, Captioner, Encoder, attention, merge_heads, patchify, split_heads
+from model import (Block, Captioner, Encoder, attention, merge_heads, patch_grid, patchify,
+                   split_heads)
 from nanocaption import efficientnet
 from nanocaption.cli import UserError
 from nanocaption.weights import (SkipInit, fetch_model, hash_tensors, read_json, read_pickle,
@@ -126,7 +127,7 @@ class ViTStem(nn.Module):
         super().__init__()
         C = options.encoder_width
         self.patch_size = options.patch_size
-        grid = options.image_size // options.patch_size
+        grid = patch_grid(options.image_size, options.patch_size)
         self.n_patch = n_class + grid * grid
         self.patches = nn.Linear(3 * options.patch_size ** 2, C)
         self.class_tokens = nn.Parameter(torch.empty(n_class, C))

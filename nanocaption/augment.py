@@ -24,10 +24,11 @@ def augment(images, seeds, may_flip, options):
         area, stretch, x, y, mirror = rng.random(5)
         factors[i] = torch.from_numpy(1 + options.jitter * (2 * rng.random(3) - 1))
         side = math.sqrt(options.crop + (1 - options.crop) * area)
-        # w / h is between 3:4 and 4:3
-        ratio = (4 / 3) ** (stretch - 0.5) if options.crop < 1 else 1.0
-        w = min(side * ratio, 1.0)
-        h = min(side / ratio, 1.0)
+        # w / h is between 3:4 and 4:3, and neither is above 1
+        ratio = (4 / 3) ** (stretch - 0.5)
+        ratio = min(max(ratio, side), 1 / side)
+        w = side * ratio
+        h = side / ratio
         flip = options.flip and may_flip[i] and mirror < 0.5
         theta[i, 0, 0] = -w if flip else w
         theta[i, 0, 2] = (2 * x - 1) * (1 - w)

@@ -98,6 +98,13 @@ def test_a_damaged_version_1_is_refused(trained, tmp_path, damage):
         read_checkpoint(tmp_path / "old.pt")
 
 
+def test_wrong_search_options_are_one_line(trained, tmp_path):
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    torch.save(dict(checkpoint, search=dict(beams=3)), tmp_path / "best.pt")
+    with pytest.raises(UserError, match="best.pt is damaged .*beams"):
+        load(tmp_path / "best.pt", "cpu", "float32")
+
+
 @pytest.mark.parametrize("options", [dict(stem="conv"), dict(beta1=0.8), dict(cross_every=2)])
 def test_version_1_with_a_dropped_option_is_refused(trained, tmp_path, options):
     checkpoint = torch.load(trained / "best.pt", weights_only=True)

@@ -123,6 +123,20 @@ def test_crops_depend_on_their_own_seed_alone():
     torch.testing.assert_close(crops[3:5], alone)
 
 
+@pytest.mark.parametrize("crop", [0.5, 0.8, 0.95])
+def test_crops_keep_at_least_this_fraction_of_the_area(crop):
+    image = torch.zeros(1, 64, 64, 3)
+    image[..., 0] = torch.arange(64)
+    image[..., 1] = torch.arange(64)[:, None]
+    seeds = [(0, 0, i) for i in range(400)]
+    crops = augmented(image.expand(400, -1, -1, -1), seeds, [False] * 400, image_size=64, crop=crop)
+    steps = torch.stack([crops[:, 32, 33, 0] - crops[:, 32, 32, 0],  # widths and heights
+                         crops[:, 33, 32, 1] - crops[:, 32, 32, 1]])
+    assert steps.max() <= 1.001
+    areas = steps.prod(0)
+    assert crop - 0.001 <= areas.min() < crop + 0.05 and areas.max() > 0.95
+
+
 def test_jitter_changes_brightness_contrast_and_saturation():
     images = random_images(8)
     seeds = [(0, 0, i) for i in range(8)]

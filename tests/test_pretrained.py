@@ -728,6 +728,7 @@ def test_the_first_loss_is_the_language_models_own(parts, tmp_path, monkeypatch)
     (["--encoder=no/where/at/all"], "neither a folder nor a name on the hub"),
     (["--encoder=dev/none"], "neither a folder"),
     (["--n_embd=64"], "--decoder fixes it at 32"),
+    (["--image_size=30"], "image_size 30 is not a multiple of patch_size"),
     (["--lr_scale=encoder"], "PATTERN=FACTOR"),
     (["--decoder=", "--lora_rank=2"], "lora_rank needs a pretrained decoder"),
     (["--lora_rank=2", "--lora_targets=nothing"], "matches no linear layer"),
