@@ -115,7 +115,7 @@ def upgrade(checkpoint, path):
 
 def upgrade_weights(weights, options):
     """
-    A state dict of version 1 -> of version 2. Zeros stand in for biases and positions that some
+    A state dict of version 1 -> one of version 2. Zeros stand in for biases and positions that some
     pretrained parts used to lack; DINOv2's LayerScale is folded into the layer before it.
     """
     renamed = dict(RENAMED)
@@ -337,7 +337,10 @@ def about_run(options, data, model, parent):
 
 
 def rank_facts(about, step):
-    """What all ranks must agree on. Input paths may differ between machines, contents may not."""
+    """
+    What all ranks must agree on. The paths of data and pretrained parts may differ between
+    machines, their contents may not.
+    """
     facts = dict(about["options"], step=step, data=about["fingerprint"])
     return facts | dict(data_dir="", encoder="", decoder="") | about["source_hashes"]
 

@@ -272,7 +272,7 @@ class Encoder(nn.Module):
     """
     Normalized images (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling.
 
-    It has two parts: freeze_encoder freezes features(); head() is always trained.
+    It has two parts: with freeze_encoder, features() is frozen, and only head() is trained.
     """
 
     def __init__(self, options, stem=None):

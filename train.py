@@ -83,7 +83,7 @@ class Options(ModelOptions):
     encoder: str = ""                 # efficientnet_lite0, 1 or 2; or a Hugging Face name or folder
     decoder: str = ""                 # a Hugging Face name or folder, e.g. gpt2
     freeze_encoder: bool = False      # freeze its pretrained weights; see views and cache_features
-    tune_blocks: int = 0              # still train the last N blocks of a frozen EfficientNet
+    tune_blocks: int = 0              # train the 1x1 convs of a frozen EfficientNet's last N blocks
     views: int = 1                    # with a frozen encoder: fixed views (augmentations) per image
     cache_features: bool = True       # store a frozen encoder's features instead of recomputing
     lora_rank: int = 0                # LoRA rank; trains adapters instead of the decoder (0: off)

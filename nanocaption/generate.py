@@ -6,8 +6,8 @@ from nanocaption.attention_maps import check_attention, word_attention
 from nanocaption.images import load_image
 from nanocaption.precision import autocast
 
-# images encoded at a time, whatever batch_size is: kernels for larger batches round differently,
-# which in bfloat16 changes one caption in 25
+# images encoded at a time, even if batch_size is larger: kernels for larger batches round
+# differently, which in bfloat16 changes one caption in 25
 ENCODE_BATCH = 8
 
 

@@ -19,8 +19,8 @@ def check_views(options):
     """Raises UserError if the number of views does not fit the augmentation options."""
     augmented = options.crop < 1 or options.flip or options.jitter > 0
     if options.freeze_encoder and augmented and options.views == 1:
-        raise UserError("with freeze_encoder the encoder sees a few fixed views of each image; set "
-                        "--views to at least 2 for flip, crop or jitter")
+        raise UserError("with freeze_encoder the encoder sees a few fixed views of each image; for "
+                        "augmentation, set --views to at least 2 (3 for flip with crop or jitter)")
     random_views = options.views > 1 + options.flip
     if options.freeze_encoder and random_views and options.crop == 1 and options.jitter == 0:
         raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them, "
