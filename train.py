@@ -399,8 +399,8 @@ def build_model(options, data, checkpoint, resume):
     check_options(options)  # again: find_start may have changed options
     if options.image_size > data.image_size:
         raise UserError(f"image_size {options.image_size} exceeds the {data.image_size} that "
-                        f"{options.data_dir} was prepared with; train at a smaller size, or "
-                        "prepare it again with a larger --image_size")
+                        f"{options.data_dir} was prepared with; prepare it again at that "
+                        "size, or train from scratch at a smaller one")
     pattern = DECODER_PATTERNS.get(options.decoder_family)
     if options.decoder and data.meta["pattern"] != pattern:
         raise UserError(f"{options.data_dir} was not prepared with the tokenizer of "

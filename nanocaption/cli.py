@@ -78,7 +78,7 @@ def check_ranges(options, **ranges):
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"{name} must be between {low:g} and {high:g}, not {value}")
+            raise UserError(f"{name} must be between {low:.12g} and {high:.12g}, not {value}")
 
 
 def run(main):

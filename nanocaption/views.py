@@ -17,14 +17,18 @@ CPU_BATCH = 4  # images: convolutions are fastest while their activations fit in
 
 def check_views(options):
     """Raises UserError if the number of views does not fit the augmentation options."""
-    augmented = options.crop < 1 or options.flip or options.jitter > 0
-    if options.freeze_encoder and augmented and options.views == 1:
-        raise UserError("with freeze_encoder the encoder sees a few fixed views of each image; for "
-                        "augmentation, set --views to at least 2 (3 for flip with crop or jitter)")
-    random_views = options.views > 1 + options.flip
-    if options.freeze_encoder and random_views and options.crop == 1 and options.jitter == 0:
+    if not options.freeze_encoder:
+        return
+    is_random = options.crop < 1 or options.jitter > 0
+    n_fixed = 1 + options.flip  # the image, and its mirror image
+    needed = n_fixed + is_random
+    if options.views < needed:
+        raise UserError("with freeze_encoder, the encoder sees a few fixed views of each image; "
+                        f"this augmentation needs --views of at least {needed}, not "
+                        f"{options.views}")
+    if options.views > n_fixed and not is_random:
         raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them, "
-                        f"the number of distinct views is {1 + options.flip}")
+                        f"the number of distinct views is {n_fixed}")
 
 
 def pick_views(index, epochs, options):
