@@ -262,8 +262,8 @@ class FeatureEmbedding(nn.Module):
 class HybridEncoder(Encoder):
     """
     Our transformer blocks on the feature map of a convolutional network, which takes the place of
-    the patches (arXiv 2010.11929, section 3.1). freeze_encoder freezes the network except its
-    last tune_blocks blocks: features runs the blocks before those, and head runs all the rest.
+    the patches (arXiv 2010.11929, section 3.1). freeze_encoder freezes the network except for its
+    tuned_names: features runs the blocks before the last tune_blocks, and head runs all the rest.
     """
 
     def __init__(self, options):

@@ -15,7 +15,8 @@ same sizes (the "peer"). Prints tables for speed.md.
     load      peak memory while a large decoder is read
 
 The things compared take turns for several rounds on the same threads, so a machine that slows down
-affects all of them; only train.py runs by itself. Results are medians over the rounds.
+affects all of them, and results are medians over the rounds. Only whole runs of train.py, preparing
+10,000 images, the tokenizer and load run by themselves.
 
 Useful FLOPs are those of the matrix products and convolutions that a step needs, 2 per
 multiply-add: no padding, and in attention only pairs of tokens that see each other. A backward pass
@@ -68,7 +69,7 @@ CAPTION_TOKENS = 12  # tokens, without EOT, of each caption that is generated
 # how many of 1,000 Flickr8k captions have 0, 1, 2, ... words, periods included
 LENGTHS = (0, 0, 0, 0, 5, 13, 32, 66, 85, 95, 107, 106, 102, 89, 76, 61, 44, 31, 23, 17, 12, 8, 4,
            4, 2, 1, 1)
-# like the peer: plain transformers, AdamW, no augmentation
+# like the peer: plain transformer blocks, AdamW, no augmentation
 BARE = dict(local_conv=False, optimizer="adamw", crop=1.0, flip=False, jitter=0.0, unigram=0.0,
             alpha=0.0)
 VARIANTS = {"config": {}, "bare": BARE}

@@ -32,7 +32,7 @@ def main():
     checkpoint = read_checkpoint(args.checkpoint)
     model = build(checkpoint)
     published = {name: checkpoint[name] for name in KEPT if name in checkpoint}
-    # fine-tuning still freezes them, but reads them from this file
+    # fine-tuning still freezes the encoder, but reads its weights from this file
     changes = dict(encoder="", decoder="", lora_rank=0)
     published["options"] = {**checkpoint["options"], **changes}
     published["model"] = halve(model.state_dict())

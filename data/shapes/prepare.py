@@ -23,7 +23,7 @@ from nanocaption.cli import Parser, UserError, check_ranges, run
 from nanocaption.dataset import Dataset, write_dataset
 
 COUNTS = {1: "a", 2: "two", 3: "three"}
-# an object's radius, half its height, as a fraction of the image's height
+# an object's radius, about half its height, as a fraction of the image's height
 SIZES = {"small": (0.09, 0.1), "large": (0.16, 0.18)}
 COLORS = {
     "red": (215, 35, 40),
