@@ -1,7 +1,7 @@
 """
 Score a captioner on a split of a prepared folder or on your own images: CIDEr-D, BLEU, ROUGE-L.
 
-    python evaluate.py --out_dir out/nano --data_dir data/flickr8k --split val
+    python evaluate.py --out_dir out/nano --data_dir data/flickr30k --split test
     python evaluate.py --out_dir out/nano --images photos/ --captions captions.jsonl --sheet s.png
 
 Scores match pycocoevalcap's, except for a few rare tokens, and need no Java. From Python, use
@@ -40,7 +40,7 @@ def parse_args():
     add = parser.add_argument
     add("--out_dir", default=BUNDLED,
         help="a checkpoint, or the folder that holds it (default: the bundled checkpoint)")
-    add("--data_dir", default="data/flickr8k", help="a prepared folder (default: %(default)s)")
+    add("--data_dir", default="data/flickr30k", help="a prepared folder (default: %(default)s)")
     add("--split", help="split to score: of --data_dir (default: val), or of --captions if that "
                         "file has splits (default: all)")
     add("--images", help="instead of data_dir: a folder, .zip or .tar of images")

@@ -272,7 +272,8 @@ class Encoder(nn.Module):
     """
     Normalized images (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling.
 
-    It has two parts: with freeze_encoder, features() is frozen, and only head() is trained.
+    It has two parts: with freeze_encoder, features() is frozen, and only head() is trained. That is
+    for pretrained encoders, which pretrained.py builds as an Encoder or a subclass.
     """
 
     def __init__(self, options, stem=None):

@@ -79,8 +79,9 @@ def is_up_to_date(out_dir, source):
     for name in SOURCE_OPTIONS:
         if old.get(name) != source[name]:
             raise UserError(
-                f"{out_dir} was prepared with --{name} {old.get(name)}, not {source[name]}; "
-                "choose another --out_dir or use --force to replace it"
+                f"{out_dir} was prepared {describe_option(name, old.get(name))}, not "
+                f"{describe_option(name, source[name])}; choose another --out_dir or use --force "
+                "to replace it"
             )
     for path, found in source["inputs"].items():
         if old["inputs"].get(path) != found:
@@ -88,6 +89,15 @@ def is_up_to_date(out_dir, source):
                 f"{path} has changed since {out_dir} was prepared; use --force to rebuild"
             )
     return True
+
+
+def describe_option(name, value):
+    """"with --image_size 160", or "without --split_files"."""
+    if value is None or value is False:
+        return f"without --{name}"
+    if value is True:
+        return f"with --{name}"
+    return f"with --{name} " + (" ".join(value) if isinstance(value, list) else str(value))
 
 
 def check_overwrite(args):
@@ -192,6 +202,18 @@ def captions_by_path(captions, splits, entries, source, skipped):
     return texts, split_of
 
 
+def fill_val(split_of):
+    """
+    Training needs at least two val images, and few images may be hashed to none. If so, the first
+    ones are moved to val, in place. split_of: {path: split}.
+    """
+    n_missing = 2 - list(split_of.values()).count("val")
+    others = [path for path, split in split_of.items() if split != "val"]
+    if 0 < n_missing < len(others):
+        for path in others[:n_missing]:
+            split_of[path] = "val"
+
+
 # ------------------------------------------------------------------------------------------------
 # from files to a prepared folder
 
@@ -245,6 +267,8 @@ def convert(args, source):
     # images, by their paths inside the folder or archive
     entries = list_images(args.images)
     texts, split_of = captions_by_path(captions, splits, entries, args.images, skipped)
+    if not any(splits.values()):
+        fill_val(split_of)
     images = group_by_split(texts, split_of)
     if not captions and skipped:
         write_skipped(out_dir, skipped)
@@ -284,7 +308,10 @@ def convert(args, source):
             f"at most {n['longest']} per caption"
         )
     if "val" not in meta["splits"]:
-        print("no val split, but training needs one; use --split_files TRAIN VAL")
+        print(
+            "no val split, but training needs one; run this again with --force and --split_files "
+            "TRAIN_LIST VAL_LIST"
+        )
     print(
         f"{out_dir}: vocabulary of {meta['vocab_size']:,}, {time.monotonic() - start:.0f} seconds"
     )

@@ -292,6 +292,7 @@ class HybridEncoder(Encoder):
         x = features.transpose(1, 2).unflatten(2, (grid, grid))
         x = self.network.rest(x, self.n_frozen)
         x = x.flatten(2).transpose(1, 2)  # (B, N, n_feature)
+        # here the feature map goes through Encoder.features: our stem, blocks and norm
         return super().head(super().features(x))
 
     def tuned_names(self):

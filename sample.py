@@ -2,7 +2,7 @@
 Caption images.
 
     python sample.py --image photo.jpg more_photos/            # with the bundled checkpoint
-    python sample.py --image data/flickr8k --split val --limit 10 --sheet sheet.png
+    python sample.py --image data/flickr30k --split val --limit 10 --sheet sheet.png
     python sample.py --image photo.jpg --out_dir out/nano
     python sample.py --image photo.jpg --attention where.png   # an attention map for each word
 

@@ -50,7 +50,7 @@ SAVE_SECONDS = 300  # save a checkpoint at least this often, in seconds of train
 class Options(ModelOptions):
     """All options. The comment beside a field is its --help text."""
     # I/O
-    data_dir: str = "data/flickr8k"   # written by prepare_flickr.py
+    data_dir: str = "data/flickr30k"  # written by prepare_flickr.py
     out_dir: str = "out/nano"         # checkpoints and log.jsonl
     init_from: str = "scratch"        # scratch, resume (scratch if there is no run) or a checkpoint
     force: bool = False               # overwrite the run in out_dir
@@ -266,6 +266,10 @@ class ValSplit:
     """The first eval_images images of the validation split, and their references."""
 
     def __init__(self, data, model, options):
+        n = data.splits.get("val", {}).get("images", 0)
+        if n < 2:
+            raise UserError(f"{data.data_dir} has {n} val images, but training needs at least 2; "
+                            "prepare it again with --force and --split_files TRAIN VAL")
         self.split = data.split("val")
         self.tokenizer = data.tokenizer
         self.captions = self.split.captions[:options.eval_images]
@@ -480,7 +484,7 @@ def main():
         alpha = options.alpha * min(1, state.images / len(train))
 
         # forward and backward, with optional gradient accumulation
-        n_tokens = train.count_tokens(index)  # over all ranks and micro-steps
+        n_tokens = train.count_tokens(index)  # of the whole step; in SCST, samples
         ce_sum = 0.0  # cross-entropy, or -reward in self-critical training
         shards = np.split(np.arange(len(index)), options.grad_accum * world)
         for micro_step in range(options.grad_accum):

@@ -95,8 +95,9 @@ def measure(name, seed, minutes):
         training_minutes -= PRETRAINING_MINUTES
         run_script("dev/pretrain_gpt2.py", "data/flickr8k", "out/gpt2_captions",
                    "--minutes", PRETRAINING_MINUTES)
-    run_script("train.py", "config/nano.py", f"--max_minutes={training_minutes}", f"--seed={seed}",
-               "--out_dir=out/ablation", "--force", "--eval_interval=100000", *VARIANTS[name])
+    run_script("train.py", "config/nano.py", "--data_dir=data/flickr8k",
+               f"--max_minutes={training_minutes}", f"--seed={seed}", "--out_dir=out/ablation",
+               "--force", "--eval_interval=100000", *VARIANTS[name])
     printed = run_script("evaluate.py", "--out_dir", "out/ablation", "--data_dir", "data/flickr8k",
                          "--json")
     scores = json.loads(printed)

@@ -1,7 +1,7 @@
 """
 Scores captions with METEOR and SPICE, using pycocoevalcap's Java programs.
 
-    python evaluate.py --data_dir data/flickr8k --save captions.jsonl
+    python evaluate.py --data_dir data/flickr30k --save captions.jsonl
     python dev/meteor_spice.py captions.jsonl
 
 Needs Java and pycocoevalcap; SPICE needs Java 8 and downloads its models on first use.

@@ -359,6 +359,8 @@ def test_lists(source, capsys):
     assert "captioned images not in any list: 1" in out
     assert "no val split" in out
     assert list(Dataset(source / "out").splits) == ["train"]
+    error = fails(capsys, *arguments(source, split_files=None))
+    assert f"out was prepared with --split_files {source}/train.txt, not without --split_f" in error
     (source / "val.txt").write_text("2_x")
     assert "2_x.jpg is in two lists" in fails(capsys, *arguments(source, "new"))
     (source / "train.txt").write_text("nobody")
@@ -377,6 +379,19 @@ def test_without_a_usable_caption_the_first_record_is_explained(source, capsys):
 def test_a_split_file_in_another_encoding_is_explained(source, capsys):
     (source / "train.txt").write_bytes("1.jpg\n".encode("utf-16"))
     assert "train.txt is UTF-16" in fails(capsys, *arguments(source))
+
+
+def test_a_small_folder_has_two_val_images():
+    splits = {f"{n}.jpg": prepare_flickr.hashed_split(f"{n}.jpg") for n in range(8)}
+    prepare_flickr.fill_val(splits)
+    assert Counter(splits.values())["val"] == 2
+    two = {"a.jpg": "train", "b.jpg": "train"}
+    prepare_flickr.fill_val(two)
+    assert "val" not in two.values()  # training would have none
+    many = {f"{n}.jpg": prepare_flickr.hashed_split(f"{n}.jpg") for n in range(1000)}
+    before = dict(many)
+    prepare_flickr.fill_val(many)
+    assert many == before
 
 
 def test_the_hashed_split_is_90_5_5_and_stable():
@@ -411,7 +426,7 @@ def test_again_does_nothing_and_other_arguments_need_force(source, capsys):
     after = {path: path.stat().st_mtime_ns for path in (source / "out").iterdir()}
     assert before == after
     error = fails(capsys, *arguments(source, image_size=8))
-    assert "--image_size 16, not 8" in error and "--force" in error
+    assert "--image_size 16, not with --image_size 8" in error and "--force" in error
     os.utime(source / "captions.jsonl", (1, 1))
     assert "captions.jsonl has changed" in fails(capsys, *arguments(source))
     changed = dict(image_size=8, split_files=[source / "train.txt"])

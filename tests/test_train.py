@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import train
-from helpers import (CONFIG, HERE, one_line_error, read_log, run, start, tiny_dataset, torchrun,
-                     write_config)
+from helpers import (CONFIG, HERE, one_line_error, random_images, read_log, run, start,
+                     tiny_dataset, torchrun, write_config)
 from nanocaption.cli import Parser, UserError
 from nanocaption.cli import run as run_main
-from nanocaption.dataset import Dataset
+from nanocaption.dataset import Dataset, write_dataset
 from nanocaption.distributed import init_distributed
 from nanocaption.metrics import baselines, cider, cider_references, tokenize
 
@@ -467,6 +467,18 @@ def test_the_home_folder_in_paths(tmp_path, monkeypatch):
     arguments = parser.parse_args(["--captions", "train=~/a.csv", "~/b.csv", "c~d", "--sheet=~/s"])
     assert arguments.captions == [f"train={tmp_path}/a.csv", f"{tmp_path}/b.csv", "c~d"]
     assert arguments.sheet == f"{tmp_path}/s"
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_val_images(tmp_path, n):
+    splits = {}
+    for split, count in (("train", 4), ("val", n)):
+        names = [f"{split}{i}.jpg" for i in range(count)]
+        splits[split] = names, [["a dog"]] * count, random_images(count, 20).numpy()
+    write_dataset(tmp_path / "data", {split: splits[split] for split in splits if splits[split][0]},
+                  image_size=20, vocab_size=280)
+    done = start(tmp_path / "data", tmp_path / "out", check=False)
+    one_line_error(done, 2, f"has {n} val images, but training needs at least 2", "--split_files")
 
 
 def test_compile_without_a_compiler(data, tmp_path):
