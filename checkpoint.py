@@ -51,8 +51,8 @@ def pick_device(name="auto"):
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} is not available ({reason}); use cpu, cuda or mps"
+        reason = f" ({str(error).splitlines()[0]})" if re.match("cuda|mps", name) else ""
+        raise UserError(f"device {name!r} is not available{reason}; use cpu, cuda, cuda:1 or mps"
                         ) from None
 
 
@@ -76,10 +76,11 @@ def read_checkpoint(path):
     try:
         # not memory-mapped: Windows cannot replace a mapped file, and a run saves over its own
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {path} as a checkpoint ({type(error).__name__}: {reason})"
-                        ) from None
+        raise UserError(f"{path} is not a checkpoint or is damaged ({type(error).__name__}); pass "
+                        "another one") from None
     found = set(checkpoint) if isinstance(checkpoint, dict) else set()
     missing = sorted({"model", "options", "tokenizer", "version"} - found)
     if missing:

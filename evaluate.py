@@ -19,8 +19,8 @@ import torch
 from checkpoint import load
 from model import pack
 from nanocaption.captions import match_names, read_captions
-from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_ranges, run,
-                             show_progress)
+from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_output, check_ranges,
+                             run, show_progress)
 from nanocaption.dataset import Dataset, flickr_hash
 from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
@@ -252,6 +252,12 @@ def main():
     args = parse_args()
     if args.images:
         source = ImageFiles(args.images, args.captions, args.split, args.limit)
+        files = [args.images, args.captions]
+        if os.path.isdir(args.images):
+            files += source.entries.values()
+        for name in ("save", "sheet"):
+            if getattr(args, name):
+                check_output(f"--{name}", getattr(args, name), files)
     else:
         source = PreparedImages(args.data_dir, args.split or "val", args.limit)
     captioner = load(args.out_dir, args.device, args.dtype)

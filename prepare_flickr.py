@@ -276,6 +276,11 @@ def convert(args, source):
             f"nothing to train on: no usable captions; first problem: {skipped[0][1]}; "
             f"see {out_dir}/skipped.txt"
         )
+    if args.split_files and "train" not in splits.values():
+        example = f" (such as {unknown[0]})" if unknown else ""
+        raise UserError(
+            f"nothing to train on: no name in {args.split_files[0]} has captions{example}"
+        )
     if "train" not in images:
         write_skipped(out_dir, skipped)
         raise UserError(

@@ -24,7 +24,8 @@ import numpy as np
 
 from checkpoint import load
 from nanocaption.attention_maps import check_attention
-from nanocaption.cli import BUNDLED, Parser, UserError, check_ranges, one_line, run
+from nanocaption.cli import (BUNDLED, Parser, UserError, check_output, check_ranges, one_line,
+                             run)
 from nanocaption.dataset import Dataset
 from nanocaption.download import is_url
 from nanocaption.generate import caption, caption_images, caption_record  # noqa: F401
@@ -84,6 +85,8 @@ def parse_args():
     for name in ("sheet", "attention"):
         if getattr(args, name):
             sheet_format(f"--{name}", getattr(args, name))
+    if args.sheet and args.sheet == args.attention:
+        parser.error("--sheet and --attention need different files")
     return args
 
 
@@ -183,6 +186,10 @@ def main():
     if args.attention:
         check_attention(captioner.model)
     found = find_images(args.image, args.split, args.limit)
+    files = [source for _, source, _ in found if isinstance(source, str)]
+    for name in ("sheet", "attention"):
+        if getattr(args, name):
+            check_output(f"--{name}", getattr(args, name), files)
     names = ("beam", "temperature", "top_k", "top_p", "no_repeat_ngram", "min_tokens", "max_tokens",
              "length_penalty", "num_samples", "seed", "batch_size")
     options = {name: getattr(args, name) for name in names}

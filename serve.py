@@ -208,6 +208,8 @@ class Handler(BaseHTTPRequestHandler):
         if path != "/caption":
             raise Refusal(404, "POST images to /caption")
         settings = parse_settings(query)
+        if self.headers.get("Content-Type", "").startswith("multipart/"):
+            raise Refusal(415, "send the file itself, as curl --data-binary @photo.jpg does")
         captions = self.server.caption(self.read_body(), settings)
         return as_bytes(caption_record("-", captions)), "application/json"
 

@@ -331,16 +331,19 @@ def evaluate(model, val, rank, world):
 def evaluate_both(model, teacher, val, about, state, rank, world):
     """Evaluates both models; one with a new best CIDEr (ties: lower loss) becomes best.pt."""
     results = {}
+    saved = None
     for name, candidate in (("student", model), ("teacher", teacher)):
         scores, texts = evaluate(candidate, val, rank, world)
         results[name] = scores
         score = [scores["cider"], -scores["loss"]]
         if score > state.best:
             state.best = score
+            saved = name
             if rank == 0:
                 save_best(about, candidate, model, which=name, step=state.step, eval=scores)
     if rank == 0:
-        log_evaluation(about["options"]["out_dir"], state.step, results, texts, val.captions)
+        out_dir = about["options"]["out_dir"]
+        log_evaluation(out_dir, state.step, results, texts, val.captions, saved)
 
 
 # -----------------------------------------------------------------------------

@@ -70,6 +70,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)} ({hint})\n")
 
 
+def check_output(option, path, inputs):
+    """Raises UserError if path, an output file that option names, is one of the input files."""
+    for source in inputs:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f"{option} {path} would overwrite an input file; choose another name")
+
+
 def check_ranges(options, **ranges):
     """
     Raises UserError unless each named attribute of options is None or within its (low, high).
@@ -83,8 +90,9 @@ def check_ranges(options, **ranges):
 
 def run(main):
     """
-    Calls main(). Failures become one line on stderr and an exit code: 2 for a UserError; 1 for an
-    OSError, an ArithmeticError or running out of memory; 130 for Ctrl-C.
+    Calls main(). Failures become one line on stderr and an exit code: 2 for a UserError or a path
+    that cannot be opened; 1 for another OSError, an ArithmeticError or running out of memory; 130
+    for Ctrl-C; 141 for a closed pipe, without a line.
     """
     # a printed file name may contain anything
     sys.stdout.reconfigure(errors="backslashreplace")
@@ -99,6 +107,13 @@ def run(main):
     except UserError as error:
         code = 2
         message = f"error: {error}"
+    except BrokenPipeError:
+        # the reader of our output, such as head, has what it wants
+        code = 141
+        message = None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        code = 2
+        message = f"error: {error.filename}: {error.strerror}" if error.filename else str(error)
     except (OSError, ArithmeticError) as error:
         code = 1
         message = f"error: {error}"
@@ -109,8 +124,9 @@ def run(main):
             raise
         code = 1
         message = f"error: out of memory; try a smaller batch size or image size ({error})"
-    message = one_line(" ".join(message.split()))
-    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    if message:
+        message = one_line(" ".join(message.split()))
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:

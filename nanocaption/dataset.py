@@ -197,8 +197,8 @@ def read_meta(data_dir):
         version = meta["version"]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{data_dir}: not a prepared folder (no meta.json); create it with prepare_flickr.py, "
-            "or name another folder"
+            f"{data_dir}: not a prepared folder (no meta.json); create it with prepare_flickr.py "
+            "(data/shapes: data/shapes/prepare.py)"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from None

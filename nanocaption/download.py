@@ -16,7 +16,7 @@ WEIGHTS = os.path.join(ROOT, "data", "weights")  # where models from the hub are
 IMAGE_BYTES = 2**27  # the largest image file that is accepted
 IMAGE_SECONDS = 60  # to download an image
 USER_AGENT = "nanoCaption"  # some servers refuse the default of requests
-TRIES = 8  # attempts in a row that receive nothing new, before giving up
+TRIES = 5  # attempts in a row that receive nothing new, before giving up
 WAIT = 2.0  # seconds before the next attempt, doubled for each that received nothing new
 
 
@@ -156,11 +156,13 @@ def transfer(url, path, token):
                 failures = 0
             else:
                 failures += 1
+            # requests wraps the reason in long texts
+            reason = getattr(error.args[0], "reason", error) if error.args else error
             if failures == TRIES:
-                raise OSError(f"{url}: gave up ({error}); run it again to resume") from None
+                raise OSError(f"{url}: gave up ({reason}); run it again to resume") from None
             pause = min(WAIT * 2**failures, 60)
             name = os.path.basename(path)
-            print(f"{name}: {error}; trying again in {pause:.0f} s", file=sys.stderr)
+            print(f"{name}: {reason}; trying again in {pause:.0f} s", file=sys.stderr)
             time.sleep(pause)
     os.replace(part, path)
     remove(f"{part}.tag")

@@ -136,7 +136,7 @@ def compute_features(features, make_views, what, rank=0, world=1):
     for done, c in enumerate(missing[rank::world], 1):
         features.write(c, make_views(features.chunk(c)))
         if rank == 0:
-            total = len(missing) * CHUNK
+            total = sum(len(features.chunk(i)) for i in missing)
             if done == 1:
                 minutes = (time.monotonic() - start) * len(missing) / world / 60
                 print(f"computing features of {what}: {features.n_bytes / 1e9:.2f} GB in "

@@ -98,12 +98,16 @@ def log_step(options, state, n_train, multiplier, grad_norm):
     log(options.out_dir, state.step, text, **record)
 
 
-def log_evaluation(out_dir, step, results, texts, references):
-    """Logs the scores of student and teacher; prints three captions, each with a reference."""
+def log_evaluation(out_dir, step, results, texts, references, saved):
+    """
+    Logs the scores of student and teacher; prints three captions, each with a reference. saved:
+    which of the two has just become best.pt, or None.
+    """
     lines = []
     for name, scores in results.items():
         numbers = " | ".join(f"{key} {value:.4f}" for key, value in scores.items())
-        lines.append(f"  {name} | {numbers}")
+        note = " | saved as best.pt" if name == saved else ""
+        lines.append(f"  {name} | {numbers}{note}")
     for text, captions in zip(texts[:3], references):
         lines.append(f"    {text}    (reference: {captions[0]})")
     log(out_dir, step, "\n".join(lines), eval=results)

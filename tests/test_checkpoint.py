@@ -98,6 +98,14 @@ def test_a_damaged_version_1_is_refused(trained, tmp_path, damage):
         read_checkpoint(tmp_path / "old.pt")
 
 
+def test_other_files_are_no_checkpoints(trained, tmp_path):
+    (tmp_path / "readme.pt").write_text("# nanoCaption")
+    (tmp_path / "half.pt").write_bytes((trained / "best.pt").read_bytes()[:5000])
+    for name in ("readme.pt", "half.pt"):
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint or is damaged .*Error"):
+            read_checkpoint(tmp_path / name)
+
+
 def test_wrong_search_options_are_one_line(trained, tmp_path):
     checkpoint = torch.load(trained / "best.pt", weights_only=True)
     torch.save(dict(checkpoint, search=dict(beams=3)), tmp_path / "best.pt")

@@ -307,6 +307,10 @@ def test_bfloat16_scores_almost_as_float32(command, folder):
     ("--save nowhere/x.jsonl", "no folder nowhere; create it first"),
     ("--images FOLDER/photos --captions FOLDER/captions.jsonl --split val",
      "has no captions of split 'val'; it has no splits"),
+    ("--images FOLDER/photos --captions FOLDER/captions.jsonl --save FOLDER/captions.jsonl",
+     "captions.jsonl would overwrite an input file"),
+    ("--images FOLDER/photos --captions FOLDER/captions.jsonl --sheet FOLDER/photos/0.png",
+     "0.png would overwrite an input file"),
     ("--images FOLDER/photos --captions FOLDER/empty.json", "empty.json has no captions"),
     ("--images FOLDER/out --captions FOLDER/captions.jsonl", "0.png, named in "),
 ])

@@ -365,7 +365,8 @@ def test_lists(source, capsys):
     assert "2_x.jpg is in two lists" in fails(capsys, *arguments(source, "new"))
     (source / "train.txt").write_text("nobody")
     (source / "val.txt").write_text("3")
-    assert "nothing to train on" in fails(capsys, *arguments(source, "new"))
+    error = fails(capsys, *arguments(source, "new"))
+    assert "train.txt has captions (such as " in error and "train.txt: nobody)" in error
 
 
 def test_without_a_usable_caption_the_first_record_is_explained(source, capsys):

@@ -339,3 +339,23 @@ def test_checkpoints_with_code_are_refused(tmp_path):
     torch.save(dict(model=time.sleep), tmp_path / "evil.pt")
     done = run("sample.py", "--image", "a.jpg", "--out_dir", tmp_path / "evil.pt", check=False)
     one_line_error(done, 2, "evil.pt")
+
+
+@pytest.mark.parametrize("option", ["--sheet", "--attention"])
+def test_no_input_is_overwritten(trained, tmp_path, option):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(random_images(1, 20).numpy()[0]).save(photo)
+    before = photo.read_bytes()
+    for image in (photo, tmp_path):
+        done = run("sample.py", "--image", image, "--out_dir", trained, option, photo, check=False)
+        one_line_error(done, 2, f"{option} {photo} would overwrite an input file")
+    done = run("sample.py", "--image", photo, "--sheet=a.png", "--attention=a.png", check=False)
+    one_line_error(done, 2, "need different files")
+    assert photo.read_bytes() == before
+
+
+def test_a_closed_pipe_is_no_error():
+    program = "import sys; from nanocaption.cli import run; run(lambda: print('x' * 10**6))"
+    command = f'{sys.executable} -c "{program}" | head -c 1 > /dev/null; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=HERE, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"141\n", b"")

@@ -198,6 +198,12 @@ def test_wrong_lengths(server, length, status):
     assert reply.startswith(f"HTTP/1.1 {status} ".encode())
 
 
+def test_a_form_is_refused_with_a_hint(server):
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    reply = request(server, body=b"--x\r\n", headers=form)
+    assert reply.status == 415 and "--data-binary" in reply.json["error"]
+
+
 def test_the_largest_length_is_not_refused(server):
     with send_raw(server, head(2**27)) as connection:
         connection.shutdown(socket.SHUT_WR)
