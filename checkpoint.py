@@ -17,7 +17,7 @@ import tiktoken
 import torch
 
 from model import Captioner, ModelOptions
-from nanocaption.cli import BUNDLED, UserError, atomic_write, one_line
+from nanocaption.cli import BUNDLED, UserError, atomic_write, is_out_of_memory, one_line
 from nanocaption.dataset import flickr_hash
 from nanocaption.download import check_no_pointer
 from nanocaption.precision import cast_weights, pick_dtype
@@ -51,7 +51,7 @@ def pick_device(name="auto"):
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = f" ({str(error).splitlines()[0]})" if re.match("cuda|mps", name) else ""
+        reason = f" ({str(error).splitlines()[0]})" if str(name).startswith("cuda") else ""
         raise UserError(f"device {name!r} is not available{reason}; use cpu, cuda, cuda:1 or mps"
                         ) from None
 
@@ -73,14 +73,15 @@ def read_checkpoint(path):
         raise UserError(f"no checkpoint at {path}; train one (python train.py config/nano.py) or "
                         "pass the path of an existing one")
     check_no_pointer(path)
+    open(path, "rb").close()  # raises PermissionError and the like
     try:
         # not memory-mapped: Windows cannot replace a mapped file, and a run saves over its own
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
     except Exception as error:  # torch raises many kinds for a file that is not a checkpoint
-        raise UserError(f"{path} is not a checkpoint or is damaged ({type(error).__name__}); pass "
-                        "another one") from None
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path} is not a checkpoint or is damaged ({type(error).__name__})"
+                        ) from None
     found = set(checkpoint) if isinstance(checkpoint, dict) else set()
     missing = sorted({"model", "options", "tokenizer", "version"} - found)
     if missing:

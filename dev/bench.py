@@ -15,8 +15,8 @@ same sizes (the "peer"). Prints tables for speed.md.
     load      peak memory while a large decoder is read
 
 The things compared take turns for several rounds on the same threads, so a machine that slows down
-affects all of them, and results are medians over the rounds. Only whole runs of train.py, preparing
-10,000 images, the tokenizer and load run by themselves.
+affects all of them, and results are medians over the rounds. Only whole runs of train.py, the
+parts of a step, preparing 10,000 images, the tokenizer and load run by themselves.
 
 Useful FLOPs are those of the matrix products and convolutions that a step needs, 2 per
 multiply-add: no padding, and in attention only pairs of tokens that see each other. A backward pass

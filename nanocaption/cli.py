@@ -113,7 +113,10 @@ def run(main):
         message = None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         code = 2
-        message = f"error: {error.filename}: {error.strerror}" if error.filename else str(error)
+        path = error.filename2 or error.filename
+        # not the name of a temporary file that atomic_write could not create
+        path = re.sub(r"\.tmp[0-9]+$", "", str(path)) if path else ""
+        message = f"error: {path}: {error.strerror}" if path else f"error: {error}"
     except (OSError, ArithmeticError) as error:
         code = 1
         message = f"error: {error}"

@@ -160,7 +160,7 @@ def transfer(url, path, token):
             reason = getattr(error.args[0], "reason", error) if error.args else error
             if failures == TRIES:
                 raise OSError(f"{url}: gave up ({reason}); run it again to resume") from None
-            pause = min(WAIT * 2**failures, 60)
+            pause = WAIT * 2**failures
             name = os.path.basename(path)
             print(f"{name}: {reason}; trying again in {pause:.0f} s", file=sys.stderr)
             time.sleep(pause)

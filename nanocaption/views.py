@@ -24,7 +24,7 @@ def check_views(options):
     needed = n_fixed + is_random
     if options.views < needed:
         raise UserError("with freeze_encoder, the encoder sees a few fixed views of each image; "
-                        f"this augmentation needs --views of at least {needed}, not "
+                        f"this augmentation needs at least --views={needed}, not "
                         f"{options.views}")
     if options.views > n_fixed and not is_random:
         raise UserError(f"--views={options.views} needs crop < 1 or jitter > 0: without them, "

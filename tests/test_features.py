@@ -187,8 +187,8 @@ def test_views():
 
 
 @pytest.mark.parametrize("args, parts", [
-    (["--views=1"], ["--views", "at least 3, not 1"]),
-    (["--views=2"], ["--views", "at least 3, not 2"]),
+    (["--views=1"], ["at least --views=3, not 1"]),
+    (["--views=2"], ["at least --views=3, not 2"]),
     (["--crop=1"], ["--views=4", "crop < 1"]),
     (["--encoder=efficientnet_lite9"], ["efficientnet_lite9"]),
     (["--tune_blocks=17"], ["tune_blocks is 17", "16 blocks"]),

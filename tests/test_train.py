@@ -478,7 +478,7 @@ def test_too_few_val_images(tmp_path, n):
     write_dataset(tmp_path / "data", {split: splits[split] for split in splits if splits[split][0]},
                   image_size=20, vocab_size=280)
     done = start(tmp_path / "data", tmp_path / "out", check=False)
-    one_line_error(done, 2, f"has {n} val images, but training needs at least 2", "--split_files")
+    one_line_error(done, 2, f"too few val images ({n}; training needs 2)", "--split_files")
 
 
 def test_compile_without_a_compiler(data, tmp_path):
