@@ -73,7 +73,6 @@ def read_checkpoint(path):
         raise UserError(f"no checkpoint at {path}; train one (python train.py config/nano.py) or "
                         "pass the path of an existing one")
     check_no_pointer(path)
-    open(path, "rb").close()  # raises PermissionError and the like
     try:
         # not memory-mapped: Windows cannot replace a mapped file, and a run saves over its own
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -341,7 +340,7 @@ def about_run(options, data, model, parent):
 def rank_facts(about, step):
     """
     What all ranks must agree on. The paths of data and pretrained parts may differ between
-    machines, their contents may not.
+    machines; the contents of data and frozen parts may not.
     """
     facts = dict(about["options"], step=step, data=about["fingerprint"])
     return facts | dict(data_dir="", encoder="", decoder="") | about["source_hashes"]

@@ -420,7 +420,8 @@ def read_arguments():
         help="continue even if more than 1%% of the images or captions can't be used")
     add("--url", metavar="BASE",
         help="base URL of Flickr30k's files (default: nlphuji/flickr30k on huggingface.co)")
-    add("--delete_archive", action="store_true", help="delete the downloaded archive at the end")
+    add("--delete_archive", action="store_true",
+        help="delete the downloaded archive after preparing")
     args = parser.parse_args()
 
     check_ranges(args, image_size=(8, 4096), vocab_size=(257, 65536), workers=(1, 1024))

@@ -156,7 +156,7 @@ class SocketReader(io.RawIOBase):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request. Nothing about it is logged."""
+    """Answers one request. There is no access log."""
     protocol_version = "HTTP/1.1"  # curl expects 100-continue before it sends a large body
     server_version = "nanoCaption"
     sys_version = ""
@@ -189,8 +189,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_sender(self):
         """
-        Raises Refusal if another site's page sent the request. With DNS rebinding, the other site's
-        name is in Host; otherwise, its address is in Origin.
+        Raises Refusal if another site's page sent a request that it could read or that costs work.
+        With DNS rebinding, the site's name is in Host; otherwise, a POST has its address in Origin.
         """
         host = self.headers.get_all("Host", [])
         if len(host) != 1 or not self.server.has_name(host[0]):

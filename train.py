@@ -461,7 +461,7 @@ def main():
     compile_parts(options, model, teacher)
     ddp_model = DistributedDataParallel(model) if world > 1 else model
 
-    # no rank writes to out_dir until all ranks agree
+    # no rank changes the log or the checkpoints until all ranks agree
     about = about_run(options, data, model, checkpoint)  # metadata for the run's checkpoints
     check_ranks_agree(rank_facts(about, state.step), rank, world)
     if options.freeze_encoder and options.cache_features:

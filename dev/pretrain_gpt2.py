@@ -3,7 +3,7 @@ Trains a small GPT-2 on the captions of a prepared folder, without images, and s
 transformers does:
 
     python dev/pretrain_gpt2.py data/flickr8k out/gpt2_captions --minutes 2
-    python train.py config/nano.py --decoder=out/gpt2_captions --max_minutes=10
+    python train.py config/nano.py --data_dir=data/flickr8k --decoder=out/gpt2_captions
 
 Needs transformers, so that pretrained.py also reads files that our own code did not write.
 """

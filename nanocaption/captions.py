@@ -349,7 +349,7 @@ def match_names(names, paths, source=None):
             if not source or not same_bytes(source, [paths[path] for path in hits]):
                 raise UserError(
                     f"{name} may be {hits[0]} or {hits[1]}; "
-                    "include the folder (and the extension) in the caption file"
+                    "include the folder (and the extension) in the name"
                 )
         found[name] = hits[0]
     return found

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 
 class HeadLoss(torch.autograd.Function):
-    """See head_loss. forward computes the gradients, while the logits are still in cache."""
+    """See head_loss. forward computes the gradients, while the logits are in cache on CPUs."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, teacher, alpha, smoothing, advantage):
@@ -83,8 +83,8 @@ def head_loss(hidden, weight, targets, teacher=None, alpha=0.0, smoothing=0.0, a
     targets at weight alpha (arXiv 2107.07651): (1 - alpha) CE(targets) + alpha CE(teacher's
     probabilities). advantage, float (n,), weights the tokens in the training loss.
 
-    The (n, V) logits are never materialized: each chunk of them is overwritten with its gradient
-    while still in cache.
+    The (n, V) logits are never materialized: each chunk of them is overwritten with its gradient,
+    on CPUs while still in cache.
     """
     if teacher is None:
         alpha = 0.0

@@ -57,7 +57,8 @@ def product_seconds(dtype, size):
 def make_autocast(options, device, source, world):
     """
     Decides options.dtype if it is auto, the same on every rank. Returns the context manager for
-    forward passes and the reason for the dtype. source: see parse_options.
+    forward passes and the reason for the dtype. source: see parse_options; "checkpoint" if a
+    checkpoint decided.
     """
     dtype, reason = gather(pick_dtype(options.dtype, device), world)[0]
     options.dtype = str(dtype).removeprefix("torch.")
@@ -75,8 +76,8 @@ def autocast(device, dtype):
 
 def cast_weights(model, dtype):
     """
-    Casts the weights of matrix products and embeddings, in place, for generation under
-    autocast, which would otherwise cast them again for every token. Norms keep float32.
+    Casts the weights of matrix products and embeddings, in place, for generation under autocast,
+    which would otherwise cast them again for every batch or even every token. Norms keep float32.
     """
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

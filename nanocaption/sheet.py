@@ -173,16 +173,16 @@ def overlay(image, weights):
 def save_bands(path, bands):
     """
     Writes bands, PIL images of the same width, to path, one below the other. What exceeds the
-    format's maximum height goes to further files: sheet-2.png, ... Returns the paths.
+    maximum height goes to further files: sheet-2.png, ... Returns the paths.
     """
     format = sheet_format("sheet", path)
-    limit = 16_383 if format == "WEBP" else 65_500
+    limit = 16_383 if format == "WEBP" else 65_500  # JPEG's, for all others too
     parts = []  # the bands of each file
     total = limit
     for band in bands:
         if band.height + MARGIN > limit:
             raise UserError(f"{path}: an image and its texts need {band.height:,} pixels; at most "
-                            f"{limit - MARGIN:,} fit into {format}; draw fewer captions")
+                            f"{limit - MARGIN:,} fit in one file; draw fewer captions")
         if total + band.height + MARGIN > limit:
             parts.append([])
             total = MARGIN

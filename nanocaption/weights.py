@@ -226,7 +226,7 @@ def map_tensors(path, header, start):
             raise ValueError(f"{name} ends at {end:,}, but the data ends at {len(data):,}")
         tensor = torch.from_numpy(data[begin:end])
         if begin % dtype.itemsize:
-            # view(dtype) needs aligned memory
+            # aligned in memory
             tensor = tensor.clone()
         tensors[name] = tensor.view(dtype).view(shape)
         position = end

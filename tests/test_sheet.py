@@ -37,7 +37,7 @@ def test_a_sheet_that_is_too_tall_is_split(tmp_path, monkeypatch, name, n):
 
 def test_a_row_that_is_too_tall_is_an_error(tmp_path):
     error = try_draw(tmp_path / "s.webp", 1, "a\n" * 2000)
-    assert error.startswith("UserError: ") and "32,228 pixels" in error and "WEBP" in error
+    assert error.startswith("UserError: ") and "32,228 pixels" in error and "16,373 fit" in error
     assert list(tmp_path.iterdir()) == []
 
 

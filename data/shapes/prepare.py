@@ -251,17 +251,19 @@ def main():
     parser.add_argument("--num_train", type=int, default=8000,
                         help="number of training images (default: 8000)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--force", action="store_true",
+                        help="replace the folder even if it is up to date")
     args = parser.parse_args()
     # shapes look alike below 32 pixels
     check_ranges(args, image_size=(32, 4096), num_train=(1, 1e7))
 
     source = dict(name="shapes", image_size=args.image_size, num_train=args.num_train,
                   seed=args.seed)
-    if Path(args.out_dir, "meta.json").exists():
+    if Path(args.out_dir, "meta.json").exists() and not args.force:
         found = Dataset(args.out_dir).meta["source"]
         if found != source:
-            raise UserError(f"{args.out_dir} already holds a different dataset ({found}); delete "
-                            "its meta.json or choose another --out_dir")
+            raise UserError(f"{args.out_dir} already holds a different dataset ({found}); "
+                            "choose another --out_dir or use --force to replace it")
         print(f"{args.out_dir} is up to date")
         return
     splits = {}
