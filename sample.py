@@ -85,9 +85,9 @@ def parse_args():
     for name in ("sheet", "attention"):
         if getattr(args, name):
             sheet_format(f"--{name}", getattr(args, name))
-    if args.sheet and args.attention and os.path.realpath(args.sheet) == os.path.realpath(
-            args.attention):
-        parser.error("--sheet and --attention need different files")
+    if args.sheet and args.attention:
+        if os.path.realpath(args.sheet) == os.path.realpath(args.attention):
+            parser.error("--sheet and --attention need different files")
     return args
 
 

@@ -31,13 +31,15 @@ def main():
         from selenium.webdriver.common.by import By
     except ImportError:
         raise UserError("this needs selenium: pip install selenium") from None
+    driver = shutil.which("chromedriver")
+    if not driver:
+        raise UserError("this needs chromium and chromedriver (Debian: chromium, chromium-driver)")
     server = serve.Server(load(BUNDLED, "cpu", "float32"), serve.BUNDLED_GOOD_AT, "127.0.0.1", 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     options = webdriver.ChromeOptions()
     for option in ("headless=new", "no-sandbox", "window-size=1000,990", "hide-scrollbars"):
         options.add_argument(f"--{option}")
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    browser = webdriver.Chrome(options, service)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
     browser.get(f"http://127.0.0.1:{server.server_address[1]}/")
     chooser = browser.find_element(By.CSS_SELECTOR, "input[type=file]")
     chooser.send_keys("\n".join(str(path) for path in PHOTOS))

@@ -109,8 +109,9 @@ class FrozenViews:
             views=self.n_view,
         )
         if self.n_view > 1:
+            # raise version whenever augment draws other views
             facts |= dict(seed=options.seed, crop=options.crop, flip=options.flip,
-                          jitter=options.jitter)
+                          jitter=options.jitter, version=2)
         folder = f"{data.data_dir}/features-{feature_key(facts)}"
         shape = (len(self.split), self.n_view, *self.compute([0], 0).shape[1:])
         features = Features(folder, self.split.name, shape)
