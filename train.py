@@ -31,6 +31,7 @@ from nanocaption.augment import augment, names_a_side
 from nanocaption.cli import UserError, check_ranges, lock_folder, run
 from nanocaption.dataset import Dataset
 from nanocaption.distributed import all_reduce, check_ranks_agree, gather, init_distributed
+from nanocaption.memory import keep_freed_memory
 from nanocaption.metrics import cider, cider_references, tokenize
 from nanocaption.optimizer import make_optimizer, parse_lr_scale
 from nanocaption.options import parse_options
@@ -444,6 +445,7 @@ def main():
     options, source = read_options(sys.argv[1:])
     rank, world, device = init_distributed(pick_device(options.device), options)
     torch.set_float32_matmul_precision("high")  # TF32 where available
+    keep_freed_memory()
 
     # data, model, teacher, optimizer
     data = Dataset(options.data_dir)

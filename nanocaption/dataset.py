@@ -28,6 +28,7 @@ from nanocaption.tokenizer import (
 
 SPLITS = ("train", "val", "test")
 VERSION = 1
+SPACED_PUNCTUATION = re.compile(r" ([.,;?!])(?= |$)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,10 +334,11 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
 
 
 def clean(captions):
-    """list[list[str]] with white space collapsed."""
+    """list[list[str]] with white space collapsed, and none before punctuation ("A dog .")."""
     result = []
     for texts in captions:
-        result.append([" ".join(text.split()) for text in texts])
+        texts = [" ".join(text.split()) for text in texts]
+        result.append([SPACED_PUNCTUATION.sub(r"\1", text) for text in texts])
     return result
 
 
