@@ -261,7 +261,7 @@ def main():
     for name in ("save", "sheet"):
         if getattr(args, name):
             check_output(f"--{name}", getattr(args, name), files)
-    captioner = load(args.out_dir, args.device, args.dtype)
+    captioner = load(args.out_dir, args.device, args.dtype, args.batch_size)
     if args.beam is None:
         args.beam = captioner.beam
     if args.length_penalty is None:

@@ -183,10 +183,11 @@ def print_captions(name, captions, references, as_json):
 def main():
     """See the top of this file."""
     args = parse_args()
-    captioner = load(args.out_dir, args.device, args.dtype)
+    found = find_images(args.image, args.split, args.limit)
+    n_images = min(len(found), args.batch_size)
+    captioner = load(args.out_dir, args.device, args.dtype, n_images)
     if args.attention:
         check_attention(captioner.model)
-    found = find_images(args.image, args.split, args.limit)
     files = [source for _, source, _ in found if isinstance(source, str)]
     for name in ("sheet", "attention"):
         if getattr(args, name):

@@ -18,6 +18,7 @@ from nanocaption.dropout import Dropout
 from nanocaption.head_loss import head_loss
 from nanocaption.metrics import cider, cider_references, document_frequencies
 from nanocaption.scst import sample_captions, token_advantages
+from nanocaption.search import draw
 
 BRIDGES = [
     dict(bridge="cross"),
@@ -399,6 +400,15 @@ def test_samples_follow_the_distribution():
     first = torch.tensor([words[0] for words, _ in samples])
     fraction = torch.bincount(first, minlength=6) / 4000
     torch.testing.assert_close(fraction, logp.softmax(0), atol=0.03, rtol=0)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    p = torch.tensor([[0.0, 0.5, 0.2, 0.0, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    tokens = draw(p.repeat(50000, 1), torch.Generator().manual_seed(0)).view(-1, 2)
+    for row in range(2):
+        found = tokens[:, row].bincount(minlength=6) / 50000
+        assert (found[p[row] == 0] == 0).all()
+        torch.testing.assert_close(found, p[row], rtol=0, atol=0.01)
 
 
 def test_the_baseline_of_a_reward_is_the_mean_of_the_other_samples():

@@ -3,7 +3,7 @@
 data_dir = "data/flickr8k-260"
 out_dir = "out/small_scst"
 lr_scale = "encoder.network=0.1 encoder.stem.last=0.1"
-max_iters = 900
+max_iters = 400
 samples = 5
 views = 4
 flip = True
@@ -15,4 +15,4 @@ batch_size = 32
 learning_rate = 1e-4
 warmup_iters = 20
 log_interval = 20
-eval_interval = 150
+eval_interval = 200

@@ -12,12 +12,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FASTER = 1.5  # use bfloat16 on a CPU if its products are at least this many times as fast
 
 
-def pick_dtype(name, device):
+def pick_dtype(name, device, n_row=512):
     """
     name: "auto", "bfloat16" or "float32". Returns the torch.dtype and the reason in a few words.
 
-    auto is bfloat16 on GPUs that have it and float32 on MPS. On CPUs, a few products are timed to
-    decide, which takes about 20 ms.
+    auto is bfloat16 on GPUs that have it and float32 on MPS. On CPUs, a few products with matrices
+    of at most n_row rows are timed to decide, which takes about 20 ms.
     """
     if name not in ("auto", *DTYPES):
         raise UserError(f"dtype must be auto, bfloat16 or float32, not {name!r}")
@@ -29,27 +29,29 @@ def pick_dtype(name, device):
         return torch.float32, "this GPU has no bfloat16"
     if device.type != "cpu":
         return torch.float32, f"the default on {device.type}"
-    speedup = bfloat16_speedup()
+    speedup = bfloat16_speedup(n_row)
     dtype = torch.bfloat16 if speedup >= FASTER else torch.float32
     return dtype, f"bfloat16 matmuls are {speedup:.2g}x as fast as float32"
 
 
-def bfloat16_speedup():
+def bfloat16_speedup(n_row=512):
     """How many times as fast as float32 products this CPU's bfloat16 products are."""
     for size in (128, 512):
-        speedup = product_seconds(torch.float32, size) / product_seconds(torch.bfloat16, size)
+        shape = (min(n_row, size), size)
+        speedup = product_seconds(torch.float32, shape) / product_seconds(torch.bfloat16, shape)
         if speedup < 0.5:
             break  # bfloat16 is emulated, and larger products could take a second
     return speedup
 
 
-def product_seconds(dtype, size):
-    """The shortest time of three size x size products on the CPU."""
-    a = torch.ones(size, size, dtype=dtype)
+def product_seconds(dtype, shape):
+    """The shortest time of three products of a matrix of this shape and a square one, on the CPU"""
+    a = torch.ones(shape, dtype=dtype)
+    b = torch.ones(shape[1], shape[1], dtype=dtype)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
-        a @ a
+        a @ b
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -85,7 +85,6 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
     B = len(images)
     k = num_samples
     device = images.device
-    # torch.multinomial has been buggy on MPS, so sample on the CPU
     generator = torch.Generator().manual_seed(seed)
     caches, image_kv = model.prefill(images, k)
     unfinished = torch.arange(B, device=device)  # images whose captions have not all ended
@@ -101,7 +100,7 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
         logits = logits / temperature
         constrain(logits, ids, model.eot_token, min_tokens, max_tokens, no_repeat_ngram)
         p = truncate(logits, top_k, top_p).softmax(-1)
-        tokens = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(device)
+        tokens = draw(p, generator)
         tokens[ended] = model.eot_token
         token_logp = logp.gather(1, tokens[:, None])[:, 0]
         logprob += token_logp.masked_fill(ended, 0.0)
@@ -129,6 +128,18 @@ def sample(model, images, num_samples=1, temperature=1.0, top_k=0, top_p=1.0, mi
         logprob = logprob[rows]
         ended = ended[rows]
     return results
+
+
+def draw(p, generator):
+    """
+    A token for each row of p (R, V), probabilities -> int64 (R,). It inverts their cumulative sum,
+    which takes one random number a row; torch.multinomial takes V, a third of SCST's time on CPUs.
+    """
+    cumulative = p.cumsum(-1)
+    # in (0, 1], on the CPU; at 0, the first token would be drawn whatever its probability
+    random = 1 - torch.rand(len(p), 1, generator=generator)
+    threshold = random.to(p.device) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold)[:, 0]
 
 
 def constrain(logits, ids, eot_token, min_tokens, max_tokens, no_repeat_ngram):

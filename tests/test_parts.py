@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from checkpoint import load
 from helpers import TINY, random_images
 from model import Captioner, pack
 from nanocaption import precision
@@ -190,8 +191,8 @@ def timed(monkeypatch, float32, bfloat16):
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
     sizes = set()
 
-    def product_seconds(dtype, size):
-        sizes.add(size)
+    def product_seconds(dtype, shape):
+        sizes.add(shape[1])
         return seconds[dtype]
 
     monkeypatch.setattr(precision, "product_seconds", product_seconds)
@@ -214,6 +215,16 @@ def test_cpus_use_bfloat16_where_it_is_faster(monkeypatch):
     assert precision.pick_dtype("float32", cpu)[0] == torch.float32
     with pytest.raises(UserError, match="float16"):
         precision.pick_dtype("float16", cpu)
+
+
+def test_one_image_may_be_faster_in_float32_than_many(monkeypatch):
+    def product_seconds(dtype, shape):
+        return max(shape[0], 100) if dtype == torch.bfloat16 else 2 * shape[0]
+
+    monkeypatch.setattr(precision, "product_seconds", product_seconds)
+    assert load(device="cpu").dtype == torch.float32
+    many = load(device="cpu", n_images=64)
+    assert many.dtype == many.model.wte.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("supported", [True, False])
