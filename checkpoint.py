@@ -25,7 +25,6 @@ from nanocaption.tokenizer import make_tokenizer, text_to_ranks
 from nanocaption.weights import SkipInit, absolute_source
 
 VERSION = 2
-BEAM = 3  # beam size, unless a published checkpoint has its own
 # version 1 had these options; they are constants now
 CONSTANTS = dict(stem="patch", cross_every=1, beta1=0.9, beta2=0.98, min_lr=0.0, lora_alpha=16.0,
                  lora_dropout=0.0)
@@ -229,19 +228,20 @@ class LoadedCaptioner:
     tokenizer: tiktoken.Encoding
     image_size: int  # pixels per side
     dtype: torch.dtype  # of matrix products
-    beam: int = BEAM  # beam search's defaults for this checkpoint
+    beam: int = 3  # beam search's defaults for this checkpoint
     length_penalty: float = 0.5
     flickr_ids: set = field(default_factory=set)  # of its training images; see flickr_hash
 
 
-def load(path=BUNDLED, device="auto", dtype="auto", n_images=1):
+def load(path=BUNDLED, device="auto", dtype="auto", n_row=1):
     """
-    Loads the captioner in a checkpoint or its folder; see pick_device and pick_dtype. n_images: how
-    many it will caption at a time. For one, CPUs may be faster in float32, for many in bfloat16.
+    Loads the captioner in a checkpoint or its folder; see pick_device and pick_dtype. n_row: how
+    many captions (images times beams) it will generate at a time. CPUs may be faster in float32 for
+    a few and in bfloat16 for many.
     """
     checkpoint = read_checkpoint(path)
     device = pick_device(device)
-    dtype, _ = pick_dtype(dtype, device, n_row=BEAM * n_images)
+    dtype, _ = pick_dtype(dtype, device, n_row)
     try:
         saved = checkpoint["tokenizer"]
         tokenizer = make_tokenizer(text_to_ranks(saved["ranks"]), saved["pattern"])

@@ -21,7 +21,7 @@ from model import pack
 from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_output, check_ranges,
                              run, show_progress)
-from nanocaption.dataset import Dataset, dataset_files, flickr_hash
+from nanocaption.dataset import Dataset, clean, dataset_files, flickr_hash
 from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
 from nanocaption.precision import autocast
@@ -131,7 +131,7 @@ def read_references(path, split):
         if split in (None, its_split):
             captions = texts.setdefault(name, [])
             if text.strip():
-                captions.append(text)
+                captions.append(clean(text))
             else:
                 n_empty += 1
     if not texts:
@@ -261,7 +261,7 @@ def main():
     for name in ("save", "sheet"):
         if getattr(args, name):
             check_output(f"--{name}", getattr(args, name), files)
-    captioner = load(args.out_dir, args.device, args.dtype, args.batch_size)
+    captioner = load(args.out_dir, args.device, args.dtype, n_row=args.batch_size)
     if args.beam is None:
         args.beam = captioner.beam
     if args.length_penalty is None:

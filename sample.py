@@ -184,8 +184,8 @@ def main():
     """See the top of this file."""
     args = parse_args()
     found = find_images(args.image, args.split, args.limit)
-    n_images = min(len(found), args.batch_size)
-    captioner = load(args.out_dir, args.device, args.dtype, n_images)
+    n_row = min(len(found), args.batch_size) * max(args.beam or 3, args.num_samples)
+    captioner = load(args.out_dir, args.device, args.dtype, n_row)
     if args.attention:
         check_attention(captioner.model)
     files = [source for _, source, _ in found if isinstance(source, str)]

@@ -282,7 +282,10 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     """
     if "train" not in splits or not splits["train"][0]:
         raise UserError("the train split is empty: no images with captions")
-    splits = {split: (names, clean(captions)) for split, (names, captions) in splits.items()}
+    cleaned = {}
+    for split, (names, captions) in splits.items():
+        cleaned[split] = names, [[clean(text) for text in texts] for texts in captions]
+    splits = cleaned
     train_texts = []
     for captions in splits["train"][1]:
         train_texts += captions
@@ -333,13 +336,9 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     return meta
 
 
-def clean(captions):
-    """list[list[str]] with white space collapsed, and none before punctuation ("A dog .")."""
-    result = []
-    for texts in captions:
-        texts = [" ".join(text.split()) for text in texts]
-        result.append([SPACED_PUNCTUATION.sub(r"\1", text) for text in texts])
-    return result
+def clean(text):
+    """A caption with white space collapsed, and removed before punctuation ("A dog .")."""
+    return SPACED_PUNCTUATION.sub(r"\1", " ".join(text.split()))
 
 
 def to_jsonl(names, captions):

@@ -40,12 +40,12 @@ def bfloat16_speedup(n_row=512):
         shape = (min(n_row, size), size)
         speedup = product_seconds(torch.float32, shape) / product_seconds(torch.bfloat16, shape)
         if speedup < 0.5:
-            break  # bfloat16 is emulated, and larger products could take a second
+            break  # where bfloat16 is emulated, larger products could take a second
     return speedup
 
 
 def product_seconds(dtype, shape):
-    """The shortest time of three products of a matrix of this shape and a square one, on the CPU"""
+    """The shortest time of three products (n, size) x (size, size) on the CPU; shape: (n, size)."""
     a = torch.ones(shape, dtype=dtype)
     b = torch.ones(shape[1], shape[1], dtype=dtype)
     best = float("inf")

@@ -158,5 +158,6 @@ def test_weights_that_do_not_fit_are_refused(trained, tmp_path):
 
 def test_checkpoints_with_code_are_refused(tmp_path):
     torch.save(dict(model=time.sleep), tmp_path / "evil.pt")
-    done = run("sample.py", "--image", "a.jpg", "--out_dir", tmp_path / "evil.pt", check=False)
+    photo = HERE / "assets" / "photos" / "cat.jpg"
+    done = run("sample.py", "--image", photo, "--out_dir", tmp_path / "evil.pt", check=False)
     one_line_error(done, 2, "evil.pt")

@@ -17,6 +17,7 @@ from nanocaption.cli import UserError
 from nanocaption.dataset import Dataset
 from sample import caption, load
 
+PHOTO = HERE / "assets" / "photos" / "cat.jpg"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -145,8 +146,7 @@ def test_attention_of_pooled_patches_is_refused(data, tmp_path):
     pooled = tmp_path / "pooled"
     start(data, pooled, options=dict(n_query=3, max_iters=1, eval_interval=1))
     where = tmp_path / "where.png"
-    done = sample("--image", HERE / "assets" / "photos", "--out_dir", pooled, "--attention", where,
-                  check=False)
+    done = sample("--image", PHOTO, "--out_dir", pooled, "--attention", where, check=False)
     one_line_error(done, 2, "cannot make attention maps", "n_query=3")
     assert done.stdout == b""
     assert not where.exists()
@@ -331,13 +331,14 @@ def test_fine_tuning_on_own_photos(trained, tmp_path):
     ("", ["a.jpg", "no such file or folder"]),
 ])
 def test_wrong_sample_options(trained, args, parts):
-    done = run("sample.py", "--image", "a.jpg", "--out_dir", trained, *args.split(), check=False)
+    args = args.split() or ["--image", "a.jpg"]
+    done = run("sample.py", "--image", PHOTO, "--out_dir", trained, *args, check=False)
     one_line_error(done, 2, *parts)
 
 
 def test_checkpoints_with_code_are_refused(tmp_path):
     torch.save(dict(model=time.sleep), tmp_path / "evil.pt")
-    done = run("sample.py", "--image", "a.jpg", "--out_dir", tmp_path / "evil.pt", check=False)
+    done = run("sample.py", "--image", PHOTO, "--out_dir", tmp_path / "evil.pt", check=False)
     one_line_error(done, 2, "evil.pt")
 
 

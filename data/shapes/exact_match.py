@@ -55,7 +55,7 @@ def main():
     test = data.split("test")
     references = test.captions
     images = test.read_images(range(len(test)))
-    results = caption_images(load(args.out_dir, n_images=64), images, beam=1)
+    results = caption_images(load(args.out_dir, n_row=64), images, beam=1)
     texts = [captions[0]["text"] for captions in results]
     right = [text in own for text, own in zip(texts, references)]
 
