@@ -21,7 +21,7 @@ from model import pack
 from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_output, check_ranges,
                              run, show_progress)
-from nanocaption.dataset import Dataset, clean, dataset_files, flickr_hash
+from nanocaption.dataset import Dataset, dataset_files, flickr_hash
 from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
 from nanocaption.precision import autocast
@@ -131,7 +131,7 @@ def read_references(path, split):
         if split in (None, its_split):
             captions = texts.setdefault(name, [])
             if text.strip():
-                captions.append(clean(text))
+                captions.append(text)
             else:
                 n_empty += 1
     if not texts:

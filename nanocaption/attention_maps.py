@@ -16,6 +16,8 @@ import torch
 
 from nanocaption.cli import UserError
 
+SPACED = (".", ",", ";", "?", "!")  # after a space, they join the word before them
+
 
 def check_attention(model, num_samples=1):
     """Raises UserError if attention maps cannot be made with this model or for samples."""
@@ -132,7 +134,8 @@ def above_mean(steps):
 def join_tokens(tokenizer, ids):
     """
     Token ids -> a list of (word, the indices of its tokens in ids). Words are separated by
-    whitespace; a word may have several byte-level BPE tokens.
+    whitespace; a word may have several byte-level BPE tokens. Punctuation after a space joins the
+    word before it, as in the caption, but its token does not count.
     """
     parts = tokenizer.decode_tokens_bytes(ids)
     owner = []  # for each byte, the index of its token
@@ -141,5 +144,9 @@ def join_tokens(tokenizer, ids):
     words = []
     for match in re.finditer(rb"\S+", b"".join(parts)):
         word = match[0].decode(errors="replace")
+        if words and word in SPACED:
+            previous, tokens = words[-1]
+            words[-1] = (previous + word, tokens)
+            continue
         words.append((word, sorted(set(owner[match.start():match.end()]))))
     return words

@@ -28,7 +28,6 @@ from nanocaption.tokenizer import (
 
 SPLITS = ("train", "val", "test")
 VERSION = 1
-SPACED_PUNCTUATION = re.compile(r" ([.,;?!])(?= |$)")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -282,10 +281,7 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     """
     if "train" not in splits or not splits["train"][0]:
         raise UserError("the train split is empty: no images with captions")
-    cleaned = {}
-    for split, (names, captions) in splits.items():
-        cleaned[split] = names, [[clean(text) for text in texts] for texts in captions]
-    splits = cleaned
+    splits = {split: (names, clean(captions)) for split, (names, captions) in splits.items()}
     train_texts = []
     for captions in splits["train"][1]:
         train_texts += captions
@@ -336,9 +332,12 @@ def write_texts(out_dir, splits, image_size, tokenizer, known, vocab_size, sourc
     return meta
 
 
-def clean(text):
-    """A caption with white space collapsed, and removed before punctuation ("A dog .")."""
-    return SPACED_PUNCTUATION.sub(r"\1", " ".join(text.split()))
+def clean(captions):
+    """list[list[str]] with white space collapsed."""
+    result = []
+    for texts in captions:
+        result.append([" ".join(text.split()) for text in texts])
+    return result
 
 
 def to_jsonl(names, captions):

@@ -1,4 +1,6 @@
 """Captions for images in memory, files or URLs, with a captioner from checkpoint.load."""
+import re
+
 import numpy as np
 import torch
 
@@ -9,6 +11,8 @@ from nanocaption.precision import autocast
 # images encoded at a time, even if batch_size is larger: kernels for larger batches round
 # differently, which in bfloat16 changes one caption in 25
 ENCODE_BATCH = 8
+# some datasets, such as Flickr8k, have a space before punctuation
+SPACED_PUNCTUATION = re.compile(r" ([.,;?!])(?= |$)")
 
 
 def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, seed=0,
@@ -83,7 +87,8 @@ def caption_record(name, captions, references=()):
 
 def describe_caption(captioner, ids, logprob):
     """Token ids and their log-probability -> {"text", "logprob"}."""
-    return {"text": captioner.tokenizer.decode(ids).strip(), "logprob": logprob}
+    text = captioner.tokenizer.decode(ids).strip()
+    return {"text": SPACED_PUNCTUATION.sub(r"\1", text), "logprob": logprob}
 
 
 def caption(captioner, image, attention=False, **options):

@@ -104,6 +104,8 @@ def test_words_look_where_generation_looked(monkeypatch, changes):
     ([], []),
     ([97], [("a", [0])]),
     ([256, 257, 32, 32, 97, 46, 10, 98], [("dogs", [0, 1]), ("a.", [4, 5]), ("b", [7])]),
+    # "a , b ."
+    ([97, 32, 44, 32, 98, 32, 46], [("a,", [0]), ("b.", [4])]),
     # a token ends in the middle of a character
     ([260, 0xA9, 39, 115, 258], [("hé's", [0, 1, 2, 3]), ("the", [4])]),
     ([0xC3, 32, 97], [("\ufffd", [0]), ("a", [2])]),

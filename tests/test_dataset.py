@@ -34,17 +34,6 @@ def test_write_dataset(tmp_path):
     assert written < {path.rsplit("/", 1)[-1] for path in dataset_files(tmp_path)}
 
 
-def test_captions_are_cleaned(tmp_path):
-    image = np.zeros((8, 8, 3), np.uint8)
-    captions = ["A  dog , a cat\n and a bird .", "Where is it ?", ".", "a .5 mile run"]
-    write_dataset(tmp_path, {"train": (["a"], [captions], [image])}, 8, vocab_size=300)
-    dataset = Dataset(tmp_path)
-    expected = ["A dog, a cat and a bird.", "Where is it?", ".", "a .5 mile run"]
-    assert dataset.split("train").captions == [expected]
-    tokens = dataset.split("train").read_tokens([0])[0]
-    assert [dataset.tokenizer.decode(ids) for ids in tokens] == expected
-
-
 def test_images_and_tokens_in_any_order(tmp_path):
     images, _ = write_small(tmp_path)
     dataset = Dataset(tmp_path)

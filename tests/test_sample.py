@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from helpers import HERE, one_line_error, random_images, run, start
 from nanocaption.cli import UserError
 from nanocaption.dataset import Dataset
+from nanocaption.generate import describe_caption
 from sample import caption, load
 
 PHOTO = HERE / "assets" / "photos" / "cat.jpg"
@@ -62,6 +64,12 @@ def test_the_bundled_checkpoint_captions_photos_as_in_readme():
     lines = json_lines(sample("--json", "--image", HERE / "assets" / "photos"))
     found = {Path(line["image"]).name: line["captions"][0]["text"] for line in lines}
     assert found == expected
+
+
+def test_captions_have_no_space_before_punctuation():
+    tokenizer = SimpleNamespace(decode=lambda ids: " A dog , a .5 cat . ")
+    found = describe_caption(SimpleNamespace(tokenizer=tokenizer), [1], -2.0)
+    assert found == {"text": "A dog, a .5 cat.", "logprob": -2.0}
 
 
 def test_loading_the_bundled_checkpoint_imports_no_compiler():
