@@ -22,6 +22,7 @@ from nanocaption.captions import match_names, read_captions
 from nanocaption.cli import (BUNDLED, Parser, UserError, atomic_write, check_output, check_ranges,
                              run, show_progress)
 from nanocaption.dataset import Dataset, dataset_files, flickr_hash
+from nanocaption.generate import describe_caption
 from nanocaption.images import is_compressed, list_images, load_image, read_entry
 from nanocaption.metrics import baselines, cider, cider_references, score_all, tokenize
 from nanocaption.precision import autocast
@@ -172,7 +173,7 @@ def caption_and_loss(captioner, source, args):
             found = model.beam_search(encoded[:-1], args.beam, max_tokens=args.max_tokens,
                                       length_penalty=args.length_penalty)
             sums += sum_losses(captioner, encoded, [source.references[i] for i in index])
-        texts += [captioner.tokenizer.decode(ids).strip() for [(ids, _)] in found]
+        texts += [describe_caption(captioner, *captions[0])["text"] for captions in found]
         show_progress("images", len(texts), n, start_time)
     return texts, sums
 

@@ -184,6 +184,7 @@ def main():
     """See the top of this file."""
     args = parse_args()
     found = find_images(args.image, args.split, args.limit)
+    # a checkpoint's own beam size is not known yet; it is usually 3
     n_row = min(len(found), args.batch_size) * max(args.beam or 3, args.num_samples)
     captioner = load(args.out_dir, args.device, args.dtype, n_row)
     if args.attention:

@@ -16,7 +16,7 @@ import torch
 
 from nanocaption.cli import UserError
 
-SPACED = (".", ",", ";", "?", "!")  # after a space, they join the word before them
+PUNCTUATION = (".", ",", ";", "?", "!")  # after a space, it joins the word before it
 
 
 def check_attention(model, num_samples=1):
@@ -144,7 +144,7 @@ def join_tokens(tokenizer, ids):
     words = []
     for match in re.finditer(rb"\S+", b"".join(parts)):
         word = match[0].decode(errors="replace")
-        if words and word in SPACED:
+        if words and word in PUNCTUATION:
             previous, tokens = words[-1]
             words[-1] = (previous + word, tokens)
             continue

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import torch
 
-from nanocaption.attention_maps import check_attention, word_attention
+from nanocaption.attention_maps import PUNCTUATION, check_attention, word_attention
 from nanocaption.images import load_image
 from nanocaption.precision import autocast
 
@@ -12,7 +12,7 @@ from nanocaption.precision import autocast
 # differently, which in bfloat16 changes one caption in 25
 ENCODE_BATCH = 8
 # some datasets, such as Flickr8k, have a space before punctuation
-SPACED_PUNCTUATION = re.compile(r" ([.,;?!])(?= |$)")
+SPACED_PUNCTUATION = re.compile(rf" ([{''.join(PUNCTUATION)}])(?= |$)")
 
 
 def caption_images(captioner, images, beam=None, num_samples=1, batch_size=64, seed=0,

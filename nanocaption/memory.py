@@ -16,4 +16,4 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):  # macOS, musl, Windows
         return
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that it accepts
+    mallopt(M_MMAP_THRESHOLD, 2**25)  # the maximum, by its manual

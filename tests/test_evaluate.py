@@ -99,7 +99,7 @@ def test_scores_of_a_known_captioner(command, folder, monkeypatch):
     saved = (folder / "save.jsonl").read_text().splitlines()
     assert json.loads(saved[1]) == {
         "image": "1.png",
-        "caption": "a blue dog runs .",
+        "caption": "a blue dog runs.",
         "references": ["a blue dog runs .", "Dog number 1, it's blue"],
     }
     # four columns of 200 pixels, as wide as README's text
