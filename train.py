@@ -79,7 +79,8 @@ class Options(ModelOptions):
     lr_scale: str = ""                # learning rate factors by name, e.g. "encoder=0.1 wte=0.5"
     weight_decay: float = 0.1         # for tensors with 2 or more dimensions
     grad_clip: float = 1.0            # maximum norm of the gradient (0: no clipping)
-    warmup_iters: int = 100           # steps of linear warmup; cosine decay to 0 over the run
+    warmup_iters: int = 100           # steps of linear warmup, before cosine decay
+    lr_decay: float = 1.0             # part of the decay that the run covers (1: down to 0)
     # pretrained parts, see pretrained.py
     encoder: str = ""                 # efficientnet_lite0, 1 or 2; or a Hugging Face name or folder
     decoder: str = ""                 # a Hugging Face name or folder, e.g. gpt2
@@ -106,7 +107,7 @@ class Options(ModelOptions):
             crop=(0.01, 1), jitter=(0, 1), smoothing=(0, 0.99), alpha=(0, 1), momentum=(0, 1),
             samples=(0, 1000), unigram=(0, 1e3), views=(1, 1000), learning_rate=(0, 1e3),
             muon_lr=(0, 1e3), weight_decay=(0, 1e3), grad_clip=(0, 1e9), warmup_iters=(0, 1e12),
-            tune_blocks=(0, 1e3), lora_rank=(0, 1e6), seed=(0, 2**32 - 1))
+            lr_decay=(0, 1), tune_blocks=(0, 1e3), lora_rank=(0, 1e6), seed=(0, 2**32 - 1))
         if self.samples == 1 or self.samples and (self.alpha or self.smoothing):
             raise ValueError("self-critical training needs samples >= 2, alpha=0 and smoothing=0")
         if not self.max_iters and not self.max_minutes:
@@ -378,9 +379,9 @@ class State:
 
 
 def lr_multiplier(step, progress, options):
-    """Linear warmup times cosine decay to 0: every learning rate is multiplied by this."""
+    """Linear warmup times cosine decay: every learning rate is multiplied by this."""
     warmup = min((step + 1) / (options.warmup_iters + 1), 1.0)
-    return warmup * 0.5 * (1 + math.cos(math.pi * progress))
+    return warmup * 0.5 * (1 + math.cos(math.pi * progress * options.lr_decay))
 
 
 def compile_parts(options, *models):

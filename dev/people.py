@@ -1,7 +1,7 @@
 """
 Counts what captions get wrong about people, judged by the references.
 
-    python sample.py --image data/flickr8k-320 --json > captions.jsonl
+    python sample.py --image data/flickr8k-320 --json --dtype float32 > captions.jsonl
     python dev/people.py captions.jsonl
 
 A caption that names something, such as a color of clothes, contradicts the references if they only

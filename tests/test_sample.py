@@ -269,8 +269,8 @@ def test_captions_with_where_each_word_looked(photos):
     for text, words in found:
         assert " ".join(word for word, _ in words) == text
         for _, weights in words:
-            # 260 pixels at a stride of 32
-            assert weights.shape == (9, 9)
+            # 320 pixels at a stride of 32
+            assert weights.shape == (10, 10)
             assert weights.min() >= 0
             assert abs(weights.sum() - 1) < 1e-5
     text, words = caption(captioner, paths[1], beam=1, attention=True)

@@ -1,5 +1,6 @@
 """train.py as it is used: resumed, accumulated, on two ranks, interrupted, misused."""
 import json
+import math
 import os
 import re
 import signal
@@ -332,6 +333,20 @@ def test_a_log_begins_with_the_cider_to_compare_with(data, tmp_path):
     text = (f"CIDEr of one caption for all images: {expected['constant']:.3f}, of humans: "
             f"{expected['human']:.3f}\n")
     assert text in done.stdout.decode()
+
+
+def test_a_run_that_ends_before_the_learning_rate_is_0(data, tmp_path):
+    """Its learning rates are those of the longer run."""
+    args = ["--warmup_iters=2", "--log_interval=1", "--eval_interval=100", "--eval_images=2"]
+    start(data, tmp_path / "long", "--max_iters=12", *args)
+    start(data, tmp_path / "short", "--max_iters=6", "--lr_decay=0.5", *args)
+    rates = {}
+    for name in ("long", "short"):
+        rates[name] = [line["lr"] for line in read_log(tmp_path / name) if "lr" in line]
+    quarter = CONFIG["learning_rate"] * (1 + math.cos(math.pi * 3 / 12)) / 2
+    assert rates["long"][3] == pytest.approx(quarter)
+    assert len(rates["short"]) == 6
+    assert rates["short"] == pytest.approx(rates["long"][:6])
 
 
 def test_stops_by_minutes_and_reports(data, tmp_path):
