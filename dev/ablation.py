@@ -48,9 +48,10 @@ RECORDED = """These runs used a stem of strided convolutions instead of the line
 It did worse, so the option was removed. The first row is their baseline."""
 NOTES = """Equal time is not equal work. AdamW's steps are cheaper, steps with the teacher in the
 loss are more expensive, the pretrained decoder spends two of its twelve minutes on language alone,
-and the speed of a machine varies. All runs used float32 and an earlier version of the code. Two
-seeds of the same row differ by up to 0.020 CIDEr, so smaller differences mean little, and
-twelve-minute runs do not predict what happens over hours.
+and the speed of a machine varies. All runs used float32 and an earlier version of the code and
+of config/nano.py (dropout 0.2, word dropout 0.15, crop 0.5, jitter 0.2). Two seeds of the same row
+differ by up to 0.020 CIDEr, so smaller differences mean little, and twelve-minute runs do not
+predict what happens over hours.
 
 Three results hold for CIDEr and loss in both seeds:
 
