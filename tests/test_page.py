@@ -276,9 +276,12 @@ def test_settings_copy_download_and_clear(page, captioner, tmp_path):
 
     page.execute_cdp_cmd("Browser.grantPermissions", dict(
         permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]))
-    button = find(page, ".copy")[1]
-    button.click()
-    assert button.text == "Copied"
+    status = find(page, "#status")[0]
+    find(page, ".copy")[1].click()
+    end = time.monotonic() + 30
+    while status.get_attribute("textContent") != "Copied" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert status.get_attribute("textContent") == "Copied"
     copied = page.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     assert copied == texts[1]
 
