@@ -276,12 +276,18 @@ def test_settings_copy_download_and_clear(page, captioner, tmp_path):
 
     page.execute_cdp_cmd("Browser.grantPermissions", dict(
         permissions=["clipboardReadWrite", "clipboardSanitizedWrite"]))
-    status = find(page, "#status")[0]
-    find(page, ".copy")[1].click()
-    end = time.monotonic() + 30
-    while status.get_attribute("textContent") != "Copied" and time.monotonic() < end:
-        time.sleep(0.05)
-    assert status.get_attribute("textContent") == "Copied"
+    button = find(page, ".copy")[1]
+    # copying takes a while, and the label goes back after 1.5 seconds: keep what it changes to
+    page.execute_script("""
+        const [button] = arguments;
+        window.label = new Promise(resolve => {
+            new MutationObserver(() => resolve(button.textContent))
+                .observe(button, {childList: true});
+        });
+    """, button)
+    button.click()
+    assert page.execute_async_script("window.label.then(arguments[0])") == "Copied"
+    assert find(page, "#status")[0].get_attribute("textContent") == "Copied"
     copied = page.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
     assert copied == texts[1]
 
